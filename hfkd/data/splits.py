@@ -1,0 +1,114 @@
+"""Splits that hold whole groups out, small stratified subsets, and their indices on disk.
+
+Seeded and deterministic: the same seed holds out the same groups, whatever the order of the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _held_out_count(held_out: int | float, number: int) -> int:
+    count = held_out if isinstance(held_out, int) else max(1, round(held_out * number))
+    if not (0 < held_out < 1 or isinstance(held_out, int)) or not 0 < count < number:
+        raise ValueError(
+            f"held_out is {held_out} and there are {number} groups: give a whole number from 1 to {number - 1}, "
+            "or a fraction between 0 and 1 that leaves groups on both sides"
+        )
+    return count
+
+
+def group_split(groups: Sequence[Any], held_out: int | float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Row numbers of the two sides, (train, held out), ascending: no group has rows on both.
+
+    `groups` names the group of each row, shape (rows,). `held_out` is a number of groups, or a fraction of the groups
+    (not of the rows). Raises `ValueError` when a row has no group, or when one side would be left without any.
+    """
+    from sklearn.model_selection import GroupShuffleSplit
+
+    missing = [row for row, group in enumerate(groups) if group is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(groups)} rows have no group, the first is row {missing[0]}: drop or name them"
+        )
+    names = {group: number for number, group in enumerate(sorted(set(groups)))}
+    splitter = GroupShuffleSplit(n_splits=1, test_size=_held_out_count(held_out, len(names)), random_state=seed)
+    numbers = np.array([names[group] for group in groups])
+    train, test = next(splitter.split(numbers, groups=numbers))
+    return sorted(train.tolist()), sorted(test.tolist())
+
+
+def _shares(counts: Sequence[int], size: int) -> list[int]:
+    """How many rows each class gives: one each, and the rest in proportion to what it has left (largest remainders)."""
+    spare = [count - 1 for count in counts]
+    wanted = size - len(counts)
+    exact = [Fraction(wanted * left, sum(spare) or 1) for left in spare]
+    shares = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda index: (shares[index] - exact[index], index))
+    for index in by_remainder[: wanted - sum(shares)]:
+        shares[index] += 1
+    return [share + 1 for share in shares]
+
+
+def low_resource_subset(labels: Sequence[Hashable], size: int, seed: int = 0) -> list[int]:
+    """Row numbers, ascending, of a stratified subset with `size` rows: every class has one row or more.
+
+    `labels` has shape (rows,). scikit-learn's stratified splitters refuse classes with one row and may leave rare ones
+    out, so the shares are counted here. Raises `ValueError` when `size` exceeds the rows or is below the number of
+    classes.
+    """
+    rows_of = defaultdict(list)
+    for row, label in enumerate(labels):
+        rows_of[label].append(row)
+    if size > len(labels):
+        raise ValueError(f"a subset of {size} rows is asked for and there are only {len(labels)}: ask for fewer")
+    if size < max(1, len(rows_of)):
+        raise ValueError(
+            f"a subset of {size} rows cannot show all {len(rows_of)} classes: ask for {len(rows_of)} or more"
+        )
+    classes = sorted(rows_of, key=str)
+    generator = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label, share in zip(classes, _shares([len(rows_of[label]) for label in classes], size), strict=True):
+        chosen += generator.choice(rows_of[label], size=share, replace=False).tolist()
+    return sorted(chosen)
+
+
+def save_indices(path: str | Path, **splits: Sequence[int]) -> Path:
+    """Write the row numbers of each split as JSON (`save_indices(path, train=..., test=...)`) and return the path.
+
+    The file appears whole or not at all. A subset may stand beside the split it is from. Raises `ValueError` without a
+    split.
+    """
+    path = Path(path)
+    lists = {name: [int(row) for row in rows] for name, rows in splits.items()}
+    if not lists:
+        raise ValueError("there is nothing to save: name at least one split, as in save_indices(path, train=rows)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(lists, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def load_indices(path: str | Path) -> dict[str, list[int]]:
+    """The row numbers that `save_indices` wrote, by split. Raises `ValueError` when the file holds anything else."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    whole = isinstance(found, dict) and all(
+        isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in found.values()
+    )
+    if not whole:
+        raise ValueError(f"{path} does not hold lists of row numbers by split: write it with save_indices")
+    return found

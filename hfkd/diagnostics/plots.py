@@ -1,0 +1,232 @@
+"""Figures of a run: the only matplotlib import.
+
+Every function draws one question, writes it to `path` (the suffix names the format) and returns the figure, which a
+notebook shows. Figures are made without pyplot, so that nothing leaks into or out of the caller's own plots.
+
+`rows` hold one dict per stage, in order: `stage`, and, as far as the figure reads them, `metric`, `scores` (fractions,
+one per seed), `distance` (L2, to the start's weights), `train_loss` and `test_loss` (one per seed).
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfkd.diagnostics.metrics import mean_and_std
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+PathLike = str | os.PathLike[str]
+
+# Okabe and Ito's palette, told apart under the common colour-vision deficiencies; without its yellow, too pale on white.
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and in grey print
+_DOTS_PER_INCH = 150
+
+
+def stage_scores(rows: Rows, path: PathLike) -> Figure:
+    """Score of every stage, mean ± standard deviation over seeds, each seed drawn over it. One panel per metric."""
+    metrics = list(dict.fromkeys(str(row.get("metric", "accuracy")) for row in rows if len(row.get("scores", ()))))
+    _need(metrics, "scores")
+    width = max(4.2, 1.25 * len(rows) + 1.0)
+    figure, panels = _figure(len(metrics), (width * len(metrics), 4.0))
+    for axes, metric in zip(panels, metrics, strict=True):
+        shown = [row for row in rows if row.get("metric", "accuracy") == metric and len(row.get("scores", ()))]
+        _seeds(axes, [_percent(row["scores"]) for row in shown], _PALETTE[0], mean_label="{:.1f}")
+        _stage_ticks(axes, shown)
+        axes.set_ylabel(f"{_words(metric)} (%)")
+        axes.set_title(f"{_words(metric)} per stage{_seed_note([row['scores'] for row in shown])}")
+    return _write(figure, path)
+
+
+def stage_distances(rows: Rows, path: PathLike) -> Figure:
+    """L2 distance of every stage's encoder to the start's weights: what self-distillation is meant to shrink."""
+    shown = [row for row in rows if row.get("distance") is not None]
+    _need(shown, "distance")
+    figure, (axes,) = _figure(1, (max(4.2, 1.25 * len(shown) + 1.0), 3.8))
+    bars = axes.bar(range(len(shown)), [float(row["distance"]) for row in shown], width=0.6, color=_PALETTE[0])
+    axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=9)
+    axes.margins(y=0.15)
+    _stage_ticks(axes, shown)
+    axes.set_ylabel("L2 distance over encoder weights")
+    axes.set_title("Distance to the start per stage")
+    return _write(figure, path)
+
+
+def stage_gaps(rows: Rows, path: PathLike) -> Figure:
+    """Train and test loss of every stage after fine-tuning, and their gap (test minus train), over seeds."""
+    shown = [row for row in rows if len(row.get("train_loss", ())) and len(row.get("test_loss", ()))]
+    _need(shown, "train_loss and test_loss")
+    figure, (losses, gaps) = _figure(2, (2 * max(4.2, 1.25 * len(shown) + 1.0), 4.0))
+    _seeds(losses, [row["train_loss"] for row in shown], _PALETTE[0], marker="o", label="train", offset=-0.13)
+    _seeds(losses, [row["test_loss"] for row in shown], _PALETTE[1], marker="s", label="test", offset=0.13)
+    losses.set_ylabel("loss (nats per example)")
+    losses.set_title(f"Loss after fine-tuning{_seed_note([row['test_loss'] for row in shown])}")
+    _legend(losses)
+    paired = [[test - train for train, test in zip(row["train_loss"], row["test_loss"], strict=True)] for row in shown]
+    _seeds(gaps, paired, _PALETTE[2], marker="D", mean_label="{:.3g}")
+    gaps.axhline(0.0, color="0.6", linewidth=0.8, zorder=0)
+    gaps.set_ylabel("test loss - train loss (nats per example)")
+    gaps.set_title("Generalisation gap")
+    for axes in (losses, gaps):
+        _stage_ticks(axes, shown)
+    return _write(figure, path)
+
+
+def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: PathLike) -> Figure:
+    """Logged `pretrain_loss` and `distill_loss` of every round (name to its Trainer `log_history`) over steps."""
+    titles = {"pretrain_loss": "Pre-training loss per round", "distill_loss": "Distillation loss per round"}
+    units = {"pretrain_loss": "per masked position", "distill_loss": "squared distance"}
+    shown = [name for name in titles if any(name in entry for history in histories.values() for entry in history)]
+    _need(shown, "pretrain_loss or distill_loss")
+    figure, panels = _figure(len(shown), (5.2 * len(shown), 3.8))
+    for axes, name in zip(panels, shown, strict=True):
+        for index, (stage, history) in enumerate(histories.items()):
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            # The colour is the round's in both panels, also where round 0, which distils nothing, draws no line.
+            style: dict[str, Any] = {
+                "color": _PALETTE[index % len(_PALETTE)],
+                "marker": _MARKERS[index % len(_MARKERS)],
+            }
+            if points:
+                every = max(1, len(points) // 8)
+                axes.plot(*zip(*points, strict=True), label=stage, markersize=4, markevery=every, **style)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(f"{name} ({units[name]})")
+        axes.set_title(titles[name])
+        _legend(axes)
+    return _write(figure, path)
+
+
+def against(
+    x: Sequence[float], y: Sequence[float], std: Sequence[float] | None, x_label: str, y_label: str, path: PathLike
+) -> Figure:
+    """One number against another, for ablations: `y` ± `std` (None for a single seed) at each `x`, sorted."""
+    if len(x) != len(y) or (std is not None and len(std) != len(x)):
+        raise ValueError(
+            f"x, y and std must be equally long, not {len(x)}, {len(y)}, {None if std is None else len(std)}"
+        )
+    _need(x, "x")
+    order = sorted(range(len(x)), key=lambda index: x[index])
+    bars = None if std is None else [std[index] for index in order]
+    figure, (axes,) = _figure(1, (5.4, 3.8))
+    axes.errorbar(
+        [x[index] for index in order], [y[index] for index in order], bars, color=_PALETTE[0], marker="o", capsize=3
+    )
+    if all(float(value).is_integer() for value in x):
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))  # there is no half a round
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(_words(f"{y_label.split(' (')[0]} against {x_label.split(' (')[0]}"))
+    return _write(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------- shared by figures
+
+
+def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'hfkd[plots]'") from error
+    figure = Figure(figsize=size, layout="tight")
+    FigureCanvasAgg(figure)  # needs no display
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="0.9", linewidth=0.8)
+        panel.set_axisbelow(True)
+    return figure, axes
+
+
+def _seeds(
+    axes: Axes,
+    groups: Sequence[Sequence[float]],
+    color: str,
+    *,
+    marker: str = "o",
+    label: str | None = None,
+    offset: float = 0.0,
+    mean_label: str | None = None,
+) -> None:
+    """Mean ± standard deviation per group, with the single seeds as small open points to its right."""
+    for place, values in enumerate(groups):
+        mean, spread, seeds = mean_and_std(values)
+        axes.errorbar(
+            place + offset, mean, spread if seeds > 1 else None, color=color, marker=marker, markersize=7, capsize=4,
+            linestyle="none", label=label if place == 0 else None, zorder=3,
+        )  # fmt: skip
+        # Fixed places, not random ones: one run must give one figure.
+        places = [place + offset + 0.09 + 0.08 * (index % 2) for index in range(seeds)]
+        if seeds > 1:
+            axes.scatter(places, list(values), s=14, facecolors="none", edgecolors=color, linewidths=0.9, zorder=2)
+        if mean_label:
+            axes.annotate(
+                mean_label.format(mean), (place + offset, mean), (-9, 0), textcoords="offset points",
+                ha="right", va="center", fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+            )  # fmt: skip
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.margins(y=0.12)
+
+
+def _stage_ticks(axes: Axes, rows: Rows) -> None:
+    names = [textwrap.fill(str(row["stage"]), 17, break_on_hyphens=False) for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=9)
+    axes.set_xlabel("stage")
+    axes.tick_params(axis="x", length=0)
+
+
+def _seed_note(groups: Sequence[Sequence[float]]) -> str:
+    counts = sorted({len(values) for values in groups})
+    if counts == [1]:
+        return " (one seed)"
+    return f" (mean ± std, {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds)"
+
+
+def _percent(scores: Sequence[float]) -> list[float]:
+    if any(value > 1.0 or value < 0.0 for value in scores):
+        raise ValueError(f"scores are fractions in [0, 1], not {list(scores)}: divide percentages by 100")
+    return [100.0 * float(value) for value in scores]
+
+
+def _words(name: str) -> str:
+    text = name.replace("_f1", "-F1").replace("_", " ")
+    return text[:1].upper() + text[1:]
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.12 * (high - low))  # "best" does not see error bars: give the legend a row of its own
+    axes.legend(handles, labels, frameon=False, fontsize=9, loc="upper right", ncols=min(4, len(labels)))
+
+
+def _need(found: Sequence[Any], what: str) -> None:
+    if not len(found):
+        raise ValueError(f"nothing to draw: no entry carries {what}")
+
+
+def _write(figure: Figure, path: PathLike) -> Figure:
+    """Whole or not at all: half a figure on a card is worse than none."""
+    target = Path(path)
+    buffer = BytesIO()
+    figure.savefig(buffer, format=target.suffix.lstrip(".") or "png", dpi=_DOTS_PER_INCH)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return figure

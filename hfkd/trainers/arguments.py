@@ -1,0 +1,109 @@
+"""Fields beyond `transformers.TrainingArguments`; the same names in Python, on the command line and in YAML."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_torch_xla_available
+
+
+def accelerator_is_absent() -> bool:
+    return not (torch.accelerator.is_available() or is_torch_xla_available())
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """TrainingArguments for one student and any teacher.
+
+    Defaults of ours: `use_cpu` when the machine has no accelerator (a plain `accelerate launch` or torchrun line would
+    otherwise start independent single-process runs), no NaN filter (it hides NaN losses and makes the host wait for
+    the device in every step), and no search for unused parameters under DDP, because all are used.
+    """
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and infinite losses from the logs (costs a host sync per step)."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP search for parameters without a gradient in every step."}
+    )
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or accelerator_is_absent()
+        super().__post_init__()
+
+
+@dataclass
+class SelfDistillationArguments(DistillationArguments):
+    """Arguments of the rounds. The budget (`max_steps` or `num_train_epochs`) is that of **one** round.
+
+    Gradients are not clipped by default, as in the authors' code for the further pre-training stages.
+    """
+
+    num_rounds: int = field(
+        default=1, metadata={"help": "Rounds of self-distillation after round 0; 0 is plain further pre-training."}
+    )
+    feature: str = field(
+        default="cls",
+        metadata={
+            "help": "What the distillation term compares on the clean input.",
+            "choices": ["cls", "mean", "tokens"],
+        },
+    )
+    no_pretrain_loss: bool = field(
+        default=False, metadata={"help": "Ablation: rounds after round 0 train on the distillation term alone."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0 clips nothing."})
+
+    def __post_init__(self) -> None:
+        if self.num_rounds < 0:
+            raise ValueError(
+                f"num_rounds must be 0 (plain further pre-training) or more rounds of self-distillation, got {self.num_rounds}"
+            )
+        super().__post_init__()
+
+
+def parse_arguments(
+    *dataclass_types: Any, arguments: Sequence[str] | None = None, defaults: str | Path | None = None
+) -> tuple[Any, ...]:
+    """Fields from YAML files and flags: `defaults` first, then `--config file.yaml`, and flags win over both.
+
+    Returns one instance of each dataclass. Raises ValueError for keys in a file that no dataclass has, with the nearest
+    known ones; unknown flags end the program with argparse's message.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(dataclass_types)
+    parser.add_argument("--config", help="A YAML file with values for any of these fields; flags win over it.")
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    known, _ = only_config.parse_known_args(words)
+    fields = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
+    for path in filter(None, (defaults, known.config)):
+        parser.set_defaults(**_read_yaml(Path(path), fields))
+    *parsed, _ = parser.parse_args_into_dataclasses(words)
+    return tuple(parsed)
+
+
+def _read_yaml(path: Path, fields: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
+    for name in values.keys() - fields:
+        near = ", ".join(difflib.get_close_matches(str(name), fields)) or "nothing alike"
+        raise ValueError(f"{path}: unknown key {name!r} (known and near: {near})")
+    # Strings go through the field's own type, as flags do: YAML reads 1e-4 as a string
+    return {
+        name: str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        for name, value in values.items()
+    }

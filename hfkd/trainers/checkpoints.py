@@ -1,0 +1,82 @@
+"""Which saved folders are whole.
+
+A folder counts as whole when its manifest, written last and atomically, names the hash of every file in it. Stock
+checkpoints are picked by their number, whole or not, so a run that is killed while it saves cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+MANIFEST = "whole.json"
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name, flush to disk, rename: the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None when the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def mark_whole(directory: Path) -> None:
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    write_json(directory / MANIFEST, {path.relative_to(directory).as_posix(): file_hash(path) for path in files})
+
+
+def odd_files(directory: Path, hashes: Mapping[str, str]) -> list[str]:
+    """The files that are missing or differ from their hash."""
+    return [
+        name
+        for name, expected in hashes.items()
+        if not (directory / name).is_file() or file_hash(directory / name) != expected
+    ]
+
+
+def last_whole_checkpoint(directory: Path) -> Path | None:
+    """The highest `checkpoint-N` that is whole; every higher one that is not is named in a warning."""
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for checkpoint in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        hashes = read_json(checkpoint / MANIFEST)
+        if hashes is None:
+            logger.warning(f"{checkpoint} was not finished ({MANIFEST} is missing); falling back to the one before it")
+            continue
+        odd = odd_files(checkpoint, hashes)
+        if not odd:
+            return checkpoint
+        logger.warning(f"{checkpoint}: {', '.join(odd)} is corrupt or truncated; falling back to the one before it")
+    return None

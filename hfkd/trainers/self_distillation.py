@@ -1,0 +1,274 @@
+"""The same, in rounds: self-distillation for further pre-training (Lee et al., ICLR 2023, arXiv 2210.02871)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import set_seed
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from hfkd.data.collate import MaskedLMCollator
+from hfkd.functional import weight_distance
+from hfkd.hub import CardFacts, write_card
+from hfkd.objectives.objective import Objective
+from hfkd.objectives.self_distill import MaskedLM, SelfDistill
+from hfkd.teachers import ModelTeacher, load_named_architecture
+from hfkd.trainers.checkpoints import file_hash, last_whole_checkpoint, odd_files, read_json, weights_hash, write_json
+from hfkd.trainers.distillation import DistillationTrainer
+
+logger = logging.get_logger(__name__)
+DONE = "done.json"
+RECORD = "rounds.json"
+# What a resumed run may not change: another value would make rounds that do not belong together
+RECORDED = (
+    *("seed", "max_steps", "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps"),
+    *("adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type"),
+)
+
+
+class SelfDistillationTrainer(DistillationTrainer):
+    """Algorithm 1 of the paper (rounds above 1 and the text form are recalled, the single image round was read in code).
+
+    Round 0 is plain further pre-training. Round t restarts encoder and head from the start weights and adds the squared
+    distance between its features and those of round t-1's encoder on the clean input, frozen. `num_rounds=0` is the
+    baseline of the paper, bit for bit.
+
+    `model` or `model_init` gives the start weights (`hfkd.two_view_model`). Every round lies in `output_dir/round-t` as a
+    plain masked language model, and is done when `done.json` there names its weights' hash; the start lies in
+    `output_dir/start`. `train(resume_from_checkpoint=True)` goes on where the run was killed.
+
+    Raises ValueError for a teacher (the rounds are their own), for `optimizers=` (a new optimizer is made each round:
+    `optimizer_cls_and_kwargs`), for a model without a two-view forward, and on resuming with other settings;
+    FileExistsError when `output_dir` holds another run's rounds.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        teacher: Any = None,
+        *,
+        objective: Objective | None = None,
+        peft_config: Any = None,
+    ):
+        if teacher is not None or peft_config is not None:
+            raise ValueError(
+                "the teacher of a round is the encoder of the round before it: leave teacher and peft_config out"
+            )
+        if optimizers != (None, None):
+            raise ValueError(
+                "every round starts with a new optimizer: pass optimizer_cls_and_kwargs instead of optimizers"
+            )
+        if model is not None and model_init is None:
+            start = copy.deepcopy(model)
+            model, model_init = None, lambda: copy.deepcopy(start)
+        super().__init__(
+            model,
+            args,
+            data_collator or MaskedLMCollator(processing_class, seed=args.seed),
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            model_init,
+            compute_loss_func,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics,
+            objective=MaskedLM(),
+        )
+        missing = {"masked_positions", "clean_input_ids"} - self._forward_names()
+        if missing:
+            raise ValueError(
+                f"{type(self.model).__name__}.forward does not take {sorted(missing)}: load the start weights with "
+                "hfkd.two_view_model(name_or_path)"
+            )
+        self.label_names = ["masked_labels"]
+        self.round_objective = objective or SelfDistill(self.args.feature, not self.args.no_pretrain_loss)
+        self.card_facts = CardFacts()  # a recipe adds what only it knows: data, command, results
+
+    # ---- rounds ----
+
+    def train(self, resume_from_checkpoint: bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train every round that is not done. `True` resumes; anything else wants an output_dir without rounds."""
+        if resume_from_checkpoint not in (None, False, True):
+            raise ValueError(
+                f"rounds resume with True, from {self.args.output_dir}, not from {resume_from_checkpoint!r}"
+            )
+        self._open_run(bool(resume_from_checkpoint))
+        for round in range(self.args.num_rounds + 1):
+            output = self._finished_output(round) or self._train_round(round, *args, **kwargs)
+        return output
+
+    def round_directory(self, round: int) -> Path:
+        return Path(self.args.output_dir) / f"round-{round}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.round_directory(self.round))  # checkpoints of a round lie inside the round
+
+    def _open_run(self, resume: bool) -> None:
+        """Refuse another run's rounds, then save the start weights and the settings that a resumed run must share."""
+        directory = Path(self.args.output_dir)
+        rounds = sorted(path.name for path in directory.glob("round-*"))
+        if rounds and not resume:
+            raise FileExistsError(
+                f"{directory} holds the rounds of another run ({', '.join(rounds)}): resume it with "
+                "resume_from_checkpoint=True, or choose another output_dir, or delete them"
+            )
+        set_seed(self.args.seed)
+        start: Any = self.call_model_init()
+        record = self._record_of_run(start)
+        before = read_json(directory / RECORD) if rounds else None
+        if before is not None:
+            changed = {name: (before[name], record[name]) for name in record if before.get(name) != record[name]}
+            if changed:
+                lines = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
+                raise ValueError(f"{directory} was started with other settings, so its rounds cannot go on: {lines}")
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero() and before is None:
+            start.save_pretrained(directory / "start")
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory / "start")
+            write_json(directory / RECORD, record)
+        self.accelerator.wait_for_everyone()
+
+    def _record_of_run(self, start: Any) -> dict[str, Any]:
+        settings = {name: getattr(self.args, name) for name in RECORDED}
+        settings["lr_scheduler_type"] = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        objective = f"{type(self.round_objective).__name__}({self.round_objective.settings()})"
+        return {
+            **settings,
+            "objective": objective,
+            "rows": len(self.train_dataset),
+            "rows_per_step": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            "start": weights_hash(start.state_dict()),
+        }
+
+    def _finished_output(self, round: int) -> TrainOutput | None:
+        """What a finished round reported, with its weights loaded; None when it is not done or its weights are damaged."""
+        directory = self.round_directory(round)
+        done = read_json(directory / DONE)
+        if done is None:
+            return None
+        odd = odd_files(directory, done["weights"])
+        if odd:
+            logger.warning(
+                f"{directory}: {', '.join(odd)} is corrupt or truncated (its hash differs from {DONE}); "
+                "the round is trained again from its last whole checkpoint"
+            )
+            return None
+        if round == self.args.num_rounds:
+            self.model = self.model_wrapped = self.call_model_init()
+            self.model.load_state_dict(saved_weights(directory), strict=False)  # tied weights are saved once
+            self.model.tie_weights()
+            self._move_model_to_device(self.model, self.args.device)
+        return TrainOutput(done["global_step"], done["metrics"].get("train_loss", 0.0), done["metrics"])
+
+    def _train_round(self, round: int, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.round = round
+        directory = self.round_directory(round)
+        if round == 0:
+            self._set_objective(MaskedLM(), None)
+        else:
+            encoder: Any = load_named_architecture(str(self.round_directory(round - 1))).base_model
+            self._set_objective(self.round_objective, ModelTeacher(encoder, view="clean_"))
+        # The head gets no gradient without the masked loss, which DDP has to be told
+        self.args.ddp_find_unused_parameters = not set(MaskedLM.columns) <= set(self.objective.columns)
+        logger.info(f"round {round} of {self.args.num_rounds}: {type(self.objective).__name__}")
+        output = super().train(last_whole_checkpoint(directory), *args, **kwargs)
+        self._close_round(directory, output)
+        return output
+
+    def _close_round(self, directory: Path, output: TrainOutput) -> None:
+        self.save_model(str(directory))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(directory / "trainer_state.json"))
+            done = {
+                "round": self.round,
+                "global_step": output.global_step,
+                "distance_to_start": self._distance_to_start(directory),
+                "metrics": output.metrics,
+                "weights": {path.name: file_hash(path) for path in sorted(directory.glob("*.safetensors"))},
+            }
+            self._write_card(directory, [*self.finished_rounds()[: self.round], done])
+            write_json(directory / DONE, done)
+        self.accelerator.wait_for_everyone()
+
+    def finished_rounds(self) -> list[dict[str, Any]]:
+        """The facts of the rounds that are done: distance to the start (L2 over the encoder), metrics, hashes."""
+        found = (read_json(self.round_directory(round) / DONE) for round in range(self.args.num_rounds + 1))
+        return [done for done in found if done is not None]
+
+    def _distance_to_start(self, directory: Path) -> float:
+        prefix = self.accelerator.unwrap_model(self.model).base_model_prefix + "."
+        sets = (saved_weights(directory), saved_weights(Path(self.args.output_dir) / "start"))
+        round_weights, start = ({n: w for n, w in s.items() if n.startswith(prefix)} for s in sets)
+        return weight_distance(round_weights, start)
+
+    # ---- cards ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._write_card(Path(output_dir or self.args.output_dir), self.finished_rounds())
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), self.finished_rounds())
+
+    def _write_card(self, directory: Path, rounds: list[dict[str, Any]]) -> None:
+        objective = self.round_objective if self.args.num_rounds else MaskedLM()
+        names = ("num_rounds", *RECORDED)
+        stages = [
+            {
+                "name": f"round {done['round']}",
+                "distance": done["distance_to_start"],
+                "losses": {name: value for name, value in done["metrics"].items() if name.endswith("_loss")},
+                "hash": next(iter(done["weights"].values()), ""),
+            }
+            for done in rounds
+        ]
+        write_card(
+            dataclasses.replace(
+                self.card_facts,
+                student=self.card_facts.student or directory.resolve().name,
+                start=self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
+                objective=type(objective).__name__,
+                equation=objective.equation,
+                settings={**objective.settings(), **{name: getattr(self.args, name) for name in names}},
+                rounds=stages,
+                versions=self.card_facts.versions or installed_versions(),
+            ),
+            directory,
+        )
+
+
+def installed_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("hfkd", "transformers", "torch", "accelerate", "datasets")}
+
+
+def saved_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a saved model, sharded or not, by their saved names."""
+    return {
+        name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }

@@ -1,0 +1,493 @@
+"""Further pre-train a RoBERTa on your texts, distil it from itself in rounds, fine-tune every stage on few labels, compare.
+
+    accelerate launch recipes/self_distill_roberta.py                     # embedded texts and model, no network, 6 minutes
+    accelerate launch recipes/self_distill_roberta.py --profile study     # the committed table of recipes/README.md, 1 hour
+    accelerate launch recipes/self_distill_roberta.py --model_name_or_path FacebookAI/roberta-base \
+        --train_file train.csv --test_file test.csv --text_column text --label_column label    # the paper's setting
+
+The method is Lee et al., "Self-Distillation for Further Pre-training of Transformers" (ICLR 2023, arXiv 2210.02871).
+Every stage and every fine-tuning seed is saved; `--resume_from_checkpoint True` goes on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import transformers
+from stage_report import card_results, draw, stage_rows, table, write_csv
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback
+
+from hfkd import (
+    DistillationArguments,
+    DistillationTrainer,
+    MaskedLMCollator,
+    SelfDistillationArguments,
+    SelfDistillationTrainer,
+    two_view_model,
+)
+from hfkd.data import embedded
+from hfkd.data.splits import low_resource_subset
+from hfkd.data.text import TEXT_TASKS, label_names, load_text, tokenize
+from hfkd.diagnostics.metrics import score
+from hfkd.objectives import MaskedLM
+from hfkd.regularized import MARS, R3F, RecAdam, noisy_model, recall_groups
+from hfkd.trainers.arguments import parse_arguments
+from hfkd.trainers.checkpoints import read_json, write_json
+
+HERE = Path(__file__).resolve().parent
+OWN_DATA = ("--task", "--dataset_name", "--train_file", "--model_name_or_path", "--config")
+
+
+@dataclass
+class RecipeArguments:
+    """Data, model and fine-tuning. The defaults are the paper's setting; `--profile` sets those of a short or long run."""
+
+    profile: str = field(
+        default="",
+        metadata={"help": "demo | study | paper; by default paper where data, model or --config are given, else demo."},
+    )
+    task: str | None = field(default=None, metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set's Hub id or local folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "csv, tsv, json, jsonl, parquet or txt."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Same kinds; used by --evaluate_on validation."}
+    )
+    test_file: str | None = field(
+        default=None, metadata={"help": "Same kinds; the fine-tuned models are tested on it."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "The column with the text."})
+    label_column: str | None = field(default=None, metadata={"help": "The column with the label: ids or any strings."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Start weights; default: embedded RoBERTa."})
+    max_length: int = field(default=128, metadata={"help": "Tokens a text is cut at."})
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Static shapes (TPU, torch.compile)."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens masked."})
+    head_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps on news with the body frozen, for the embedded model's untrained head."}
+    )
+    pretrain_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of each round; default: num_train_epochs. --max_steps bounds it."},
+    )
+    labelled_rows: int | None = field(default=None, metadata={"help": "Labelled texts for fine-tuning; default: all."})
+    fine_tuning_seeds: int = field(default=5, metadata={"help": "Fine-tuning runs per stage; 0 skips fine-tuning."})
+    fine_tuning_epochs: float = field(default=10.0, metadata={"help": "Epochs of each fine-tuning run."})
+    fine_tuning_batch_size: int = field(default=32, metadata={"help": "Texts per fine-tuning step, over processes."})
+    fine_tuning_learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of fine-tuning."})
+    evaluate_on: str = field(default="test", metadata={"help": "test | validation (to choose settings)."})
+    test_rows: int | None = field(default=None, metadata={"help": "Test on the first N rows only (for a short run)."})
+    baseline: list[str] = field(
+        default_factory=list, metadata={"help": "recadam, mars, r3f: fine-tune the start weights with it as well."}
+    )
+    recadam_gamma: float = field(default=5000.0, metadata={"help": "Strength of RecAdam's recall."})
+    mars_bound: float = field(default=1.0, metadata={"help": "Largest row-sum distance to the start under MARS."})
+    r3f_weight: float = field(default=1.0, metadata={"help": "Weight of R3F's symmetric KL."})
+    ablation_steps: list[int] = field(
+        default_factory=list, metadata={"help": "Further pre-training with these numbers of steps as well."}
+    )
+    ablation_no_pretrain_loss: bool = field(
+        default=False, metadata={"help": "One round without the masked loss as well."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete the run that output_dir holds."})
+
+
+def main() -> None:
+    recipe, args = parse(sys.argv[1:])
+    started = time.monotonic()
+    prepare_output(recipe, args)
+    texts, labelled = load_data(recipe, args)
+    start_directory = start_weights(recipe, args)
+    tokenizer = AutoTokenizer.from_pretrained(start_directory)
+    rows = tokenize(texts, tokenizer, recipe.max_length)
+    trainer = self_distil(recipe, args, start_directory, tokenizer, rows, Path(args.output_dir))
+    stages = {"start": Path(args.output_dir) / "start", "further pre-trained": trainer.round_directory(0)}
+    for number in range(1, args.num_rounds + 1):
+        stages[f"self-distilled {number}"] = trainer.round_directory(number)
+    stages |= ablations(recipe, args, start_directory, tokenizer, rows)
+    results = fine_tune_all(recipe, args, stages, tokenizer, labelled) if labelled else []
+    if trainer.is_world_process_zero():
+        report(recipe, args, trainer, stages, results, time.monotonic() - started)
+
+
+# ---- arguments and output folder ----
+
+
+def parse(arguments: list[str]) -> tuple[RecipeArguments, SelfDistillationArguments]:
+    own_data = any(word.split("=")[0] in OWN_DATA for word in arguments)
+    profile = next((b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--profile"), "")
+    profile = profile or ("paper" if own_data else "demo")
+    path = HERE / "configs" / f"self_distill_roberta_{profile}.yaml"
+    if not path.is_file():
+        raise ValueError(f"--profile {profile}: choose demo, study or paper, or give your own values with --config")
+    recipe, args = parse_arguments(RecipeArguments, SelfDistillationArguments, arguments=arguments, defaults=path)
+    recipe.profile = profile
+    unknown = set(recipe.baseline) - {"recadam", "mars", "r3f"}
+    if unknown:
+        raise ValueError(f"--baseline {' '.join(sorted(unknown))}: choose among recadam, mars, r3f")
+    if recipe.evaluate_on not in ("test", "validation"):
+        raise ValueError(f"--evaluate_on {recipe.evaluate_on}: choose test or validation")
+    return recipe, args
+
+
+def prepare_output(recipe: RecipeArguments, args: SelfDistillationArguments) -> None:
+    """Refuse to mix two runs; with --overwrite, delete what the earlier one wrote and nothing else."""
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its own
+    datasets.disable_progress_bars()
+    output = Path(args.output_dir)
+    written = [*output.glob("round-*"), *output.glob("ablation-*"), output / "fine_tuning", output / "start"]
+    written = [path for path in written if path.exists()]
+    if recipe.overwrite and args.process_index == 0:
+        for path in [*written, output / "rounds.json"]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif written and not resumes(args) and args.process_index == 0:
+        raise FileExistsError(
+            f"{output} holds another run ({', '.join(sorted(path.name for path in written))}): go on with it with "
+            "--resume_from_checkpoint True, delete it with --overwrite, or choose another --output_dir"
+        )
+
+
+def resumes(args: SelfDistillationArguments) -> bool:
+    if args.resume_from_checkpoint not in (None, "True", "true", True, "False", "false"):
+        raise ValueError(
+            f"--resume_from_checkpoint takes True here (rounds resume from output_dir), not {args.resume_from_checkpoint}"
+        )
+    return args.resume_from_checkpoint in ("True", "true", True)
+
+
+# ---- data and start weights ----
+
+
+def load_data(recipe: RecipeArguments, args: SelfDistillationArguments) -> tuple[datasets.Dataset, Any]:
+    """The unlabelled texts, and the labelled splits (None without fine-tuning)."""
+    sources = (recipe.dataset_name, recipe.train_file)
+    task = recipe.task or (None if any(sources) else "movie_sentences")
+    with args.main_process_first(desc="loading data"):
+        splits = load_text(
+            task,
+            recipe.dataset_name,
+            recipe.dataset_config,
+            recipe.train_file,
+            recipe.validation_file,
+            recipe.test_file,
+            recipe.text_column,
+            recipe.label_column,
+            require_labels=recipe.fine_tuning_seeds > 0,
+        )
+    if recipe.fine_tuning_seeds and recipe.evaluate_on not in splits:
+        raise ValueError(
+            f"fine-tuning is evaluated on the {recipe.evaluate_on} split, but the data has {', '.join(splits)}: give "
+            f"--{recipe.evaluate_on}_file, or --fine_tuning_seeds 0 to pre-train only"
+        )
+    texts = splits["train"].select_columns("text")
+    if task == "movie_sentences":
+        plots_of_training = movie_plots_of(set(splits["train"]["group"]))
+        texts = datasets.concatenate_datasets([texts, plots_of_training])
+    return texts, splits if recipe.fine_tuning_seeds else None
+
+
+def movie_plots_of(movies: set[str]) -> datasets.Dataset:
+    """Plots of held-out movies stay unseen too, though they carry no label."""
+    plots_dataset = embedded.movie_plots()
+    kept = [row for row, movie in enumerate(plots_dataset["movie"]) if movie in movies]
+    return plots_dataset.select(kept).select_columns("text")
+
+
+def start_weights(recipe: RecipeArguments, args: SelfDistillationArguments) -> str:
+    """A Hub id or folder as it is; or the embedded RoBERTa with a head warmed up on news, made once and kept."""
+    if recipe.model_name_or_path:
+        return recipe.model_name_or_path
+    steps = bounded(recipe.head_warmup_steps, args)
+    cache = Path(args.output_dir).parent / "cache"
+    target = cache / f"roberta-minilm-head-{steps}"
+    with args.main_process_first(desc="embedded model"):
+        plain = embedded.save_embedded_roberta(cache / "roberta-minilm")
+    if not steps:
+        return str(plain)
+    if not (target / "whole").exists():
+        warm_up_head(recipe, args, plain, target, steps)
+    return str(target)
+
+
+def warm_up_head(
+    recipe: RecipeArguments, args: SelfDistillationArguments, plain: Path, target: Path, steps: int
+) -> None:
+    """Train the masked-language head alone: it starts at random, and would drag the body along otherwise."""
+    model, tokenizer = two_view_model(str(plain)), AutoTokenizer.from_pretrained(plain)
+    model.base_model.requires_grad_(False)
+    rows = tokenize(embedded.news_articles(), tokenizer, recipe.max_length)
+    settings = stage_arguments(
+        args, target, max_steps=steps, learning_rate=1e-3, per_device_train_batch_size=32 // args.world_size
+    )
+    settings.max_grad_norm = 1.0
+    collator = MaskedLMCollator(tokenizer, recipe.mlm_probability)
+    say(f"Warming up the masked-language head on {len(rows):,} pieces of news, {steps} steps, body frozen")
+    trainer = DistillationTrainer(model, settings, collator, rows, processing_class=tokenizer, objective=MaskedLM())
+    trainer.train()
+    trainer.save_model(str(target))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (target / "whole").touch()
+    trainer.accelerator.wait_for_everyone()
+
+
+def bounded(steps: int, args: SelfDistillationArguments) -> int:
+    return steps if args.max_steps <= 0 else min(steps, args.max_steps)
+
+
+def stage_arguments(args: SelfDistillationArguments, directory: Path, **changes: Any) -> DistillationArguments:
+    """Arguments of a stage other than the rounds: the machine's settings are shared, the budget and the folder are not."""
+    shared = ("use_cpu", "bf16", "fp16", "tf32", "dataloader_num_workers", "per_device_eval_batch_size", "disable_tqdm")
+    values = {name: getattr(args, name) for name in shared}
+    return DistillationArguments(
+        **{
+            **values,
+            "output_dir": str(directory),
+            "save_strategy": "no",
+            "report_to": "none",
+            "logging_steps": 50,
+            **changes,
+        }
+    )
+
+
+def say(text: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"\n== {text}", flush=True)
+
+
+# ---- rounds ----
+
+
+def self_distil(
+    recipe: RecipeArguments,
+    args: SelfDistillationArguments,
+    start: str,
+    tokenizer: Any,
+    rows: Any,
+    output: Path,
+    **changes: Any,
+) -> SelfDistillationTrainer:
+    """Round 0 and the rounds after it, resumed where they stopped."""
+    settings = copy.copy(args)
+    for name, value in {"output_dir": str(output), **changes}.items():
+        setattr(settings, name, value)
+    if "max_steps" not in changes and recipe.pretrain_steps:
+        settings.max_steps = bounded(recipe.pretrain_steps, args)
+    length = recipe.max_length if recipe.pad_to_max_length else None
+    trainer = SelfDistillationTrainer(
+        args=settings,
+        data_collator=MaskedLMCollator(tokenizer, recipe.mlm_probability, max_length=length, seed=args.seed),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        model_init=lambda: two_view_model(start),
+    )
+    trainer.card_facts.start = (
+        recipe.model_name_or_path or "MiniLM-L6 in RoBERTa form (sentence-transformers/all-MiniLM-L6-v2)"
+    )
+    trainer.card_facts.datasets = [
+        recipe.dataset_name or recipe.task or Path(recipe.train_file or "movie_sentences").name
+    ]
+    trainer.card_facts.command = "accelerate launch recipes/self_distill_roberta.py " + " ".join(sys.argv[1:])
+    say(
+        f"Round 0: further pre-training; then {settings.num_rounds} round(s) of self-distillation ({len(rows):,} texts)"
+    )
+    started = any(output.glob("round-*"))
+    trainer.train(resume_from_checkpoint=resumes(args) and started)
+    return trainer
+
+
+def ablations(
+    recipe: RecipeArguments, args: SelfDistillationArguments, start: str, tokenizer: Any, rows: Any
+) -> dict[str, Path]:
+    """The paper's ablations: other numbers of further-pre-training steps, and a round without the masked loss."""
+    stages = {}
+    for steps in recipe.ablation_steps:
+        output = Path(args.output_dir) / f"ablation-steps-{steps}"
+        trainer = self_distil(
+            recipe, args, start, tokenizer, rows, output, num_rounds=0, max_steps=bounded(steps, args)
+        )
+        stages[f"further pre-trained, {steps} steps"] = trainer.round_directory(0)
+    if recipe.ablation_no_pretrain_loss:
+        output = Path(args.output_dir) / "ablation-no-pretrain-loss"
+        trainer = self_distil(recipe, args, start, tokenizer, rows, output, num_rounds=1, no_pretrain_loss=True)
+        stages["no masked loss"] = trainer.round_directory(1)
+    return stages
+
+
+# ---- fine-tuning ----
+
+
+def fine_tune_all(
+    recipe: RecipeArguments, args: SelfDistillationArguments, stages: dict[str, Path], tokenizer: Any, splits: Any
+) -> list[dict[str, Any]]:
+    """Every stage with every seed; a seed fixes the labelled subset, the head and the order, so that stages pair up."""
+    names = label_names(splits)
+    train = tokenize(splits["train"], tokenizer, recipe.max_length, recipe.pad_to_max_length)
+    held_out = tokenize(splits[recipe.evaluate_on], tokenizer, recipe.max_length, recipe.pad_to_max_length)
+    if recipe.test_rows:
+        held_out = held_out.select(range(min(recipe.test_rows, len(held_out))))
+    # Neighbours of one length need little padding; the order of test rows changes nothing else
+    held_out = held_out.select(np.argsort([len(ids) for ids in held_out["input_ids"]], kind="stable"))
+    kinds = [(stage, "none", seed) for seed in range(recipe.fine_tuning_seeds) for stage in stages]
+    kinds += [("start", baseline, seed) for seed in range(recipe.fine_tuning_seeds) for baseline in recipe.baseline]
+    say(
+        f"Fine-tuning on {recipe.labelled_rows or len(train):,} labelled texts, scored on {len(held_out):,} of the "
+        f"{recipe.evaluate_on} split: {len(kinds)} runs"
+    )
+    results = []
+    for stage, baseline, seed in tqdm(kinds, desc="fine-tuning", disable=args.process_index > 0):
+        name = stage if baseline == "none" else f"start, {baseline}"
+        path = Path(args.output_dir) / "fine_tuning" / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}.json"
+        found = read_json(path)
+        if found is None:
+            found = fine_tune(recipe, args, stages[stage], baseline, seed, tokenizer, train, held_out, names, path)
+        results.append({"stage": name, "seed": seed, **found})
+    return results
+
+
+def fine_tune(
+    recipe: RecipeArguments,
+    args: SelfDistillationArguments,
+    directory: Path,
+    baseline: str,
+    seed: int,
+    tokenizer: Any,
+    train: Any,
+    held_out: Any,
+    names: list[str],
+    path: Path,
+) -> dict[str, float]:
+    """One run; the model of the last step is tested, never the best one."""
+    subset = train
+    if recipe.labelled_rows:
+        subset = train.select(low_resource_subset(train["label"], recipe.labelled_rows, seed))
+    settings = stage_arguments(
+        args,
+        path.parent,
+        seed=seed,
+        learning_rate=recipe.fine_tuning_learning_rate,
+        num_train_epochs=recipe.fine_tuning_epochs,
+        max_steps=args.max_steps if args.max_steps > 0 else -1,
+        per_device_train_batch_size=max(recipe.fine_tuning_batch_size // args.world_size, 1),
+        weight_decay=0.01,
+        warmup_steps=0.1,
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    labels = {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {n: i for i, n in enumerate(names)},
+    }
+    transformers.set_seed(seed)
+    load = noisy_model if baseline == "r3f" else AutoModelForSequenceClassification.from_pretrained
+    with quiet():  # that the classifier is new is what fine-tuning is about
+        model = load(str(directory), **labels)
+    trainer = DistillationTrainer(
+        model,
+        settings,
+        DataCollatorWithPadding(tokenizer),
+        subset,
+        processing_class=tokenizer,
+        objective=R3F(recipe.r3f_weight) if baseline == "r3f" else None,
+        callbacks=[MARS(model, recipe.mars_bound)] if baseline == "mars" else None,
+        optimizers=(recadam(recipe, model), None) if baseline == "recadam" else (None, None),
+    )
+    trainer.remove_callback(PrinterCallback)  # the bar over all runs is enough
+    trainer.train()
+    train_loss = trainer.evaluate(subset)["eval_loss"]
+    prediction = trainer.predict(held_out)
+    predicted = prediction.predictions.argmax(-1)
+    metric = TEXT_TASKS[recipe.task].metric if recipe.task else "accuracy"
+    found = {
+        "metric": metric,
+        "score": score(metric, predicted, prediction.label_ids),
+        "train_loss": train_loss,
+        "test_loss": prediction.metrics["test_loss"],
+    }
+    if trainer.is_world_process_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    if seed == 0 and directory == Path(args.output_dir) / f"round-{args.num_rounds}":
+        trainer.save_model(str(Path(args.output_dir) / "fine_tuned"))
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def recadam(recipe: RecipeArguments, model: Any) -> RecAdam:
+    groups = recall_groups(model, weight_decay=0.01)
+    return RecAdam(groups, lr=recipe.fine_tuning_learning_rate, gamma=recipe.recadam_gamma)
+
+
+class quiet:
+    """transformers' warnings off, for a few lines."""
+
+    def __enter__(self) -> None:
+        self.level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+
+    def __exit__(self, *error: Any) -> None:
+        transformers.logging.set_verbosity(self.level)
+
+
+# ---- report ----
+
+
+def report(
+    recipe: RecipeArguments,
+    args: SelfDistillationArguments,
+    trainer: SelfDistillationTrainer,
+    stages: dict[str, Path],
+    results: list[dict[str, Any]],
+    seconds: float,
+) -> None:
+    output = Path(args.output_dir)
+    rows = stage_rows(stages, results)
+    (output / "results.md").write_text(table(rows) + "\n", encoding="utf-8")
+    write_csv(results, output / "results.csv")
+    rounds = [trainer.round_directory(number) for number in range(args.num_rounds + 1)]
+    steps = {"start": 0, "further pre-trained": trainer.finished_rounds()[0]["global_step"]}
+    steps |= {f"further pre-trained, {number} steps": bounded(number, args) for number in recipe.ablation_steps}
+    try:
+        figures = draw(rows, rounds, output / "figures", steps)
+    except ImportError as error:  # matplotlib is an extra
+        figures, _ = [], print(f"no figures: {error}")
+    trainer.card_facts.results = card_results(rows)
+    trainer.card_facts.stage = list(stages)[args.num_rounds + 1]
+    trainer.create_model_card()
+    print(f"\n{table(rows)}\n\nTook {seconds / 60:.1f} minutes ({recipe.profile}).")
+    print(f"  student (masked LM)    {rounds[-1]}   card: {output / 'README.md'}")
+    if results:
+        print(f"  student, fine-tuned    {output / 'fine_tuned'}")
+    print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}")
+    for figure in figures:
+        print(f"  figure                 {figure}")
+    if recipe.profile == "demo":
+        print(SMOKE_TEST + committed_study())
+
+
+SMOKE_TEST = """
+This was a smoke test: it shows that every stage runs, not that one method beats another. With so few steps, labels and
+seeds the differences above are noise. The committed result of `--profile study` (recipes/README.md):
+
+"""
+
+
+def committed_study() -> str:
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- study -->", "<!-- /study -->"
+    return text.partition(begin)[2].partition(end)[0].strip() if begin in text else "(no study is committed yet)"
+
+
+if __name__ == "__main__":
+    main()
