@@ -12,6 +12,7 @@ Every stage and every fine-tuning seed is saved; `--resume_from_checkpoint True`
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import shutil
 import sys
@@ -90,6 +91,7 @@ class RecipeArguments:
         default_factory=list, metadata={"help": "recadam, mars, r3f: fine-tune the start weights with it as well."}
     )
     recadam_gamma: float = field(default=5000.0, metadata={"help": "Strength of RecAdam's recall."})
+    recadam_t0: float = field(default=250.0, metadata={"help": "Step at which RecAdam weighs task and recall equally."})
     mars_bound: float = field(default=1.0, metadata={"help": "Largest row-sum distance to the start under MARS."})
     r3f_weight: float = field(default=1.0, metadata={"help": "Weight of R3F's symmetric KL."})
     ablation_steps: list[int] = field(
@@ -124,7 +126,7 @@ def main() -> None:
 
 def parse(arguments: list[str]) -> tuple[RecipeArguments, SelfDistillationArguments]:
     own_data = any(word.split("=")[0] in OWN_DATA for word in arguments)
-    profile = next((b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--profile"), "")
+    profile = next((b for a, b in itertools.pairwise(arguments) if a == "--profile"), "")
     profile = profile or ("paper" if own_data else "demo")
     path = HERE / "configs" / f"self_distill_roberta_{profile}.yaml"
     if not path.is_file():
@@ -301,8 +303,8 @@ def self_distil(
     say(
         f"Round 0: further pre-training; then {settings.num_rounds} round(s) of self-distillation ({len(rows):,} texts)"
     )
-    started = any(output.glob("round-*"))
-    trainer.train(resume_from_checkpoint=resumes(args) and started)
+    # A reused round 0 makes an ablation a run that is resumed
+    trainer.train(resume_from_checkpoint=resumes(args) or output != Path(args.output_dir))
     return trainer
 
 
@@ -319,9 +321,20 @@ def ablations(
         stages[f"further pre-trained, {steps} steps"] = trainer.round_directory(0)
     if recipe.ablation_no_pretrain_loss:
         output = Path(args.output_dir) / "ablation-no-pretrain-loss"
+        reuse_round_0(Path(args.output_dir) / "round-0", output / "round-0")
         trainer = self_distil(recipe, args, start, tokenizer, rows, output, num_rounds=1, no_pretrain_loss=True)
         stages["no masked loss"] = trainer.round_directory(1)
     return stages
+
+
+def reuse_round_0(source: Path, target: Path) -> None:
+    """The ablation differs from round 1 on, so further pre-training is not paid for twice."""
+    if target.exists() or int(os.environ.get("RANK", 0)):
+        return
+    temporary = target.with_name("copying")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
+    temporary.rename(target)
 
 
 # ---- fine-tuning ----
@@ -381,6 +394,7 @@ def fine_tune(
         per_device_train_batch_size=max(recipe.fine_tuning_batch_size // args.world_size, 1),
         weight_decay=0.01,
         warmup_steps=0.1,
+        train_sampling_strategy=args.train_sampling_strategy,
         disable_tqdm=True,
         logging_strategy="no",
     )
@@ -426,7 +440,7 @@ def fine_tune(
 
 def recadam(recipe: RecipeArguments, model: Any) -> RecAdam:
     groups = recall_groups(model, weight_decay=0.01)
-    return RecAdam(groups, lr=recipe.fine_tuning_learning_rate, gamma=recipe.recadam_gamma)
+    return RecAdam(groups, lr=recipe.fine_tuning_learning_rate, gamma=recipe.recadam_gamma, t0=recipe.recadam_t0)
 
 
 class quiet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from hfkd.functional import IGNORED, cross_entropy
 from hfkd.objectives.objective import Objective
 from hfkd.outputs import Batch, Counts, Progress, StudentOutput, TeacherOutput, Terms

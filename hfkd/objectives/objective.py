@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -56,8 +57,6 @@ class Objective(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters, by name, for cards and run records."""
-        import inspect
-
-        return {
-            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
-        }
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+        return {name: getattr(self, name) for name in named}

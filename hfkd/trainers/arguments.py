@@ -39,6 +39,8 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or accelerator_is_absent()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else the order of rows depends on what drew from the global generator before
         super().__post_init__()
 
 

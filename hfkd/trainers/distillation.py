@@ -173,7 +173,7 @@ class DistillationTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        name = self.processing_class.model_input_names[0] if self.processing_class is not None else "input_ids"
+        name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
         lengths = (
             [len(row) for row in dataset[name]] if hasattr(dataset, "column_names") else [len(r[name]) for r in dataset]
         )

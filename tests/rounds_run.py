@@ -1,0 +1,93 @@
+"""A small run of rounds, started as a script by the laws that need processes of their own.
+
+    python tests/rounds_run.py OUTPUT '{"num_rounds": 2}' [--dropout 0.1] [--double] [--resume]
+"""
+
+import argparse
+import json
+
+import datasets
+import torch
+import transformers
+
+from hfkd import DistillationArguments, DistillationTrainer, SelfDistillationArguments, SelfDistillationTrainer
+from hfkd.models.two_view import RobertaForMaskedLM
+from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
+
+
+def start_model(dropout: float = 0.0, double: bool = False) -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    config = tiny_roberta_config(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    model = RobertaForMaskedLM(config)
+    return model.double() if double else model
+
+
+def rounds_trainer(output, settings, dropout=0.0, double=False, rows=32, **kwargs) -> SelfDistillationTrainer:
+    values = {
+        "output_dir": str(output),
+        "num_rounds": 2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings,
+    }
+    return SelfDistillationTrainer(
+        args=SelfDistillationArguments(**values),
+        train_dataset=datasets.Dataset.from_list(tiny_rows(rows)),
+        processing_class=tiny_tokenizer(),
+        model_init=lambda: start_model(dropout, double),
+        **kwargs,
+    )
+
+
+def classifier_trainer(output, settings, double=True, head="sequence", **kwargs) -> DistillationTrainer:
+    """No teacher: the baseline. `token` heads carry ragged numbers of labels a row, -100 elsewhere."""
+    torch.manual_seed(0)
+    kind = {"sequence": "RobertaForSequenceClassification", "token": "RobertaForTokenClassification"}[head]
+    model = getattr(transformers, kind)(tiny_roberta_config(num_labels=3))
+    rows = tiny_rows(32)
+    for i, row in enumerate(rows):
+        ids = row["input_ids"]
+        row["labels"] = i % 3 if head == "sequence" else [-100 if t % 2 else t % 3 for t in ids]
+    collate = {
+        "sequence": transformers.DataCollatorWithPadding,
+        "token": transformers.DataCollatorForTokenClassification,
+    }[head](tiny_tokenizer())
+    values = {
+        "output_dir": str(output),
+        "max_steps": 5,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings,
+    }
+    return DistillationTrainer(
+        model.double() if double else model,
+        DistillationArguments(**values),
+        collate,
+        datasets.Dataset.from_list(rows),
+        **kwargs,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output")
+    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--double", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    given = parser.parse_args()
+    trainer = rounds_trainer(given.output, given.settings, given.dropout, given.double)
+    trainer.train(resume_from_checkpoint=given.resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The laws: equalities of values or of training trajectories. Two processes: tests/test_two_processes.py."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from rounds_run import classifier_trainer, rounds_trainer, start_model
+from safetensors.torch import load_file
+
+from hfkd import DistillationArguments, DistillationTrainer, MaskedLMCollator, ModelTeacher
+from hfkd.functional import cross_entropy, kl_divergence
+from hfkd.objectives import MaskedLM, Objective
+from hfkd.testing import tiny_rows, tiny_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def assert_same_weights(found, expected, tolerance=0.0):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tolerance:
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+# ---- batch 8 = 2 x 4 accumulated ----
+
+
+@pytest.mark.parametrize("feature", ["cls", "mean", "tokens"])
+def test_rounds_with_accumulation_equal_one_batch(tmp_path, feature):
+    """With ragged masks, a mean of micro-batch means weights tokens by chance: the students differ."""
+    whole = rounds_trainer(tmp_path / "8x1", {"feature": feature}, double=True)
+    parts = rounds_trainer(
+        tmp_path / "2x4",
+        {"feature": feature, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        double=True,
+    )
+    whole.train(), parts.train()
+    assert_same_weights(parts.model.state_dict(), whole.model.state_dict(), 1e-9)
+
+
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_classifiers_with_accumulation_equal_one_batch(tmp_path, head):
+    """The stock Trainer's gradient is 4 times too large here (transformers#47688)."""
+    whole = classifier_trainer(tmp_path / "a", {}, head=head)
+    parts = classifier_trainer(
+        tmp_path / "b", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, head=head
+    )
+    whole.train(), parts.train()
+    assert_same_weights(parts.model.state_dict(), whole.model.state_dict(), 1e-9)
+    norms = [[e["grad_norm"] for e in t.state.log_history if "grad_norm" in e] for t in (whole, parts)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_a_step_without_a_masked_token_trains_nothing_and_is_not_nan(tmp_path):
+    """0 / 0 in one rare batch turns every weight into NaN."""
+    rows = tiny_rows(16)
+    for row in rows:
+        row["input_ids"] = [0, 2]  # nothing maskable
+        row["attention_mask"] = [1, 1]
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 0, "weight_decay": 0.0, "max_steps": 1}, double=True)
+    trainer.train_dataset = transformers.trainer.datasets.Dataset.from_list(rows)
+    trainer.train()
+    assert_same_weights(trainer.model.state_dict(), start_model(double=True).state_dict())
+
+
+# ---- logs ----
+
+
+def test_logged_terms_sum_to_the_logged_loss(tmp_path):
+    """Terms that do not add up send people looking for the wrong bug in their curves."""
+    settings = {"logging_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = rounds_trainer(tmp_path, settings)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert {"pretrain_loss", "distill_loss"} <= entry.keys()
+        assert entry["pretrain_loss"] + entry["distill_loss"] == pytest.approx(entry["loss"], rel=1e-5)
+
+
+# ---- rounds ----
+
+
+def test_zero_rounds_are_plain_further_pre_training_bit_for_bit(tmp_path):
+    """If the baseline of the paper were another computation, every comparison with it would be unfair."""
+    rounds = rounds_trainer(tmp_path / "rounds", {"num_rounds": 0}, dropout=0.1)
+    rounds.train()
+    plain = DistillationTrainer(
+        args=plain_arguments(rounds.args, tmp_path / "plain"),
+        data_collator=MaskedLMCollator(tiny_tokenizer(), seed=rounds.args.seed),
+        train_dataset=rounds.train_dataset,
+        model_init=lambda: start_model(0.1),
+        objective=MaskedLM(),
+    )
+    plain.train()
+    assert_same_weights(rounds.model.state_dict(), plain.model.state_dict())
+
+
+def plain_arguments(args, output):
+    names = ("max_steps", "per_device_train_batch_size", "learning_rate", "report_to", "disable_tqdm", "max_grad_norm", "seed")
+    return DistillationArguments(output_dir=str(output), **{name: getattr(args, name) for name in names})
+
+
+def test_round_0_equals_the_stock_trainer_on_the_same_masks(tmp_path):
+    """An independent reference: stock RobertaForMaskedLM over all positions, stock Trainer, same masks."""
+    rounds = rounds_trainer(tmp_path / "rounds", {"num_rounds": 0, "max_steps": 4}, double=True)  # one epoch
+    rounds.train()
+    inner = MaskedLMCollator(tiny_tokenizer(), seed=rounds.args.seed)
+
+    def full_labels(features):
+        batch = inner(features)
+        labels = torch.full_like(batch["input_ids"], -100).flatten()
+        real = batch["masked_labels"] != -100
+        labels[batch["masked_positions"][real]] = batch["masked_labels"][real]
+        return {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            "labels": labels.view_as(batch["input_ids"]),
+        }
+
+    class Stock(transformers.Trainer):
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs).loss
+
+    model = transformers.RobertaForMaskedLM(start_model().config).double()
+    model.load_state_dict(start_model(double=True).state_dict())
+    args = plain_arguments(rounds.args, tmp_path / "stock")
+    args.remove_unused_columns = False
+    stock = Stock(model, args, full_labels, rounds.train_dataset)
+    stock.train()
+    assert_same_weights(rounds.model.state_dict(), model.state_dict(), 1e-9)
+
+
+class Witness(transformers.TrainerCallback):
+    """Notes the student at the start of every round, and the teacher before and after."""
+
+    def __init__(self):
+        self.starts, self.before, self.after, self.optimised = [], [], [], []
+
+    def attach(self, trainer):
+        self.trainer = trainer
+        trainer.add_callback(self)
+
+    def teacher_state(self):
+        teacher = self.trainer.teacher
+        return None if teacher is None else copy.deepcopy(teacher.model.state_dict())
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.starts.append(copy.deepcopy(model.state_dict()))
+        self.before.append(self.teacher_state())
+        self.optimised.append({id(p) for group in optimizer.param_groups for p in group["params"]})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.after.append(self.teacher_state())
+
+
+def test_rounds_restart_distil_from_the_round_before_and_leave_the_teacher_alone(tmp_path):
+    """The paper's algorithm 1: a student that goes on from its teacher, or a teacher that moves, is another method."""
+    witness = Witness()
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 2}, dropout=0.1)
+    witness.attach(trainer)
+    trainer.train()
+    for start in witness.starts:
+        assert_same_weights(start, start_model(0.1).state_dict())
+    assert witness.before[0] is None
+    for number in (1, 2):
+        assert_same_weights(witness.after[number], witness.before[number])
+        saved = load_file(tmp_path / f"round-{number - 1}" / "model.safetensors")
+        encoder = {n.removeprefix("roberta."): t for n, t in saved.items() if n.startswith("roberta.")}
+        assert_same_weights(witness.before[number], encoder)
+    teacher_ids = {id(parameter) for parameter in trainer.teacher.model.parameters()}
+    assert not teacher_ids & witness.optimised[-1]
+    assert all(parameter.grad is None for parameter in trainer.teacher.model.parameters())
+    assert (tmp_path / "round-2" / "model.safetensors").read_bytes() != (tmp_path / "round-1" / "model.safetensors").read_bytes()
+
+
+def test_distillation_from_the_start_itself_begins_at_zero(tmp_path):
+    """Teacher = student without dropout: a first distance above 0 means that the two sides see different inputs."""
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 1, "max_steps": 1}, double=True)
+    trainer.train()
+    trainer._set_objective(trainer.round_objective, ModelTeacher(start_model(double=True).base_model, view="clean_"))
+    model = start_model(double=True).train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    answer = trainer.teacher(batch)
+    terms = trainer.objective(model(**trainer.student_view(batch, training=True)), answer, batch)
+    assert float(terms["distill_loss"].detach().abs().max()) < 1e-20
+
+
+def test_saved_keys_are_those_of_a_plain_student(tmp_path):
+    """A teacher, a second view or a wrapper inside the checkpoint breaks everyone who loads it without hfkd."""
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 1})
+    trainer.train()
+    transformers.RobertaForMaskedLM(start_model().config).save_pretrained(tmp_path / "plain")
+    expected = load_file(tmp_path / "plain" / "model.safetensors").keys()
+    for folder in ("round-0", "round-1", "round-1/checkpoint-6", "start"):
+        assert load_file(tmp_path / folder / "model.safetensors").keys() == expected
+        assert json.loads((tmp_path / folder / "config.json").read_text())["architectures"] == ["RobertaForMaskedLM"]
+    _, info = transformers.RobertaForMaskedLM.from_pretrained(tmp_path / "round-1", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_distance_to_the_start_is_the_norm_over_encoder_weights(tmp_path):
+    """The paper's analysis is about the encoder; the head moves much more and would hide it."""
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 1})
+    trainer.train()
+    start = start_model().base_model.state_dict()
+    for done in trainer.finished_rounds():
+        saved = load_file(tmp_path / f"round-{done['round']}" / "model.safetensors")
+        squares = sum(((saved[f"roberta.{n}"] - t).double() ** 2).sum().item() for n, t in start.items())
+        assert done["distance_to_start"] == pytest.approx(squares**0.5, rel=1e-9)
+        assert done["distance_to_start"] > 0
+
+
+# ---- any teacher ----
+
+
+class Mixed(Objective):
+    """A minimal two-term objective of this test: cross-entropy and KL, half each."""
+
+    needs = frozenset({"teacher"})
+
+    def forward(self, student, teacher, batch, progress=None):
+        kl = kl_divergence(student.logits, teacher.logits)
+        return {"task_loss": 0.5 * cross_entropy(student.logits, batch["labels"]), "distill_loss": 0.5 * kl}
+
+
+def test_a_model_teacher_stays_bit_identical_and_accumulation_holds(tmp_path):
+    """A teacher in training mode or in the optimizer drifts, and the target with it."""
+    students = []
+    for name, settings in (("a", {}), ("b", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})):
+        torch.manual_seed(1)
+        config = classifier_trainer(tmp_path / "c", {}).model.config
+        teacher = transformers.RobertaForSequenceClassification(config).double().train()
+        before = copy.deepcopy(teacher.state_dict())
+        trainer = classifier_trainer(tmp_path / name, settings, teacher=teacher, objective=Mixed())
+        trainer.train()
+        assert_same_weights(teacher.state_dict(), before)
+        assert not teacher.training
+        students.append(trainer.model.state_dict())
+    assert_same_weights(students[1], students[0], 1e-9)
+
+
+# ---- resume after a kill = never killed ----
+
+
+def start_process(output, settings, *flags):
+    command = [sys.executable, str(HERE / "rounds_run.py"), str(output), json.dumps(settings), "--dropout", "0.1", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_a_killed_run_goes_on_as_if_never_killed(tmp_path, sampling):
+    """SIGKILL in the middle of round 1: finished rounds are kept, and the rest is the same to the last bit."""
+    settings = {"max_steps": 14, "save_steps": 3, "train_sampling_strategy": sampling, "num_rounds": 2}
+    process = start_process(tmp_path / "killed", settings)
+    marker = tmp_path / "killed" / "round-1" / "checkpoint-6" / "whole.json"
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert marker.exists() and not (tmp_path / "killed" / "round-2" / "done.json").exists()
+    done_before = (tmp_path / "killed" / "round-0" / "done.json").stat().st_mtime_ns
+
+    resumed = rounds_trainer(tmp_path / "killed", settings, dropout=0.1)
+    resumed.train(resume_from_checkpoint=True)
+    never = rounds_trainer(tmp_path / "never", settings, dropout=0.1)
+    never.train()
+
+    assert (tmp_path / "killed" / "round-0" / "done.json").stat().st_mtime_ns == done_before
+    for number in range(3):
+        folders = [tmp_path / run / f"round-{number}" / "model.safetensors" for run in ("killed", "never")]
+        assert_same_weights(load_file(folders[0]), load_file(folders[1]))
