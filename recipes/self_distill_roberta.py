@@ -148,10 +148,10 @@ def prepare_output(recipe: RecipeArguments, args: SelfDistillationArguments) -> 
     output = Path(args.output_dir)
     written = [*output.glob("round-*"), *output.glob("ablation-*"), output / "fine_tuning", output / "start"]
     written = [path for path in written if path.exists()]
-    if recipe.overwrite and args.process_index == 0:
-        for path in [*written, output / "rounds.json"]:
+    if recipe.overwrite:
+        for path in [*written, output / "rounds.json"] if args.process_index == 0 else []:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif written and not resumes(args) and args.process_index == 0:
+    elif written and not resumes(args):
         raise FileExistsError(
             f"{output} holds another run ({', '.join(sorted(path.name for path in written))}): go on with it with "
             "--resume_from_checkpoint True, delete it with --overwrite, or choose another --output_dir"
@@ -478,9 +478,17 @@ def report(
         figures, _ = [], print(f"no figures: {error}")
     trainer.card_facts.results = card_results(rows)
     trainer.card_facts.stage = list(stages)[args.num_rounds + 1]
-    trainer.create_model_card()
+    trainer.card_facts.student = f"{output.name}, round {args.num_rounds}"
+    trainer.card_facts.limits = [
+        f"Trained for the {recipe.profile} profile: {steps['further pre-trained']} steps a round."
+    ]
+    trainer.write_card(rounds[-1])
+    if results:
+        trainer.write_card(
+            output / "fine_tuned", student=f"{output.name}, fine-tuned", pipeline_tag="text-classification"
+        )
     print(f"\n{table(rows)}\n\nTook {seconds / 60:.1f} minutes ({recipe.profile}).")
-    print(f"  student (masked LM)    {rounds[-1]}   card: {output / 'README.md'}")
+    print(f"  student (masked LM)    {rounds[-1]}   card: {rounds[-1] / 'README.md'}")
     if results:
         print(f"  student, fine-tuned    {output / 'fine_tuned'}")
     print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}")

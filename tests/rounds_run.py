@@ -1,6 +1,6 @@
 """A small run of rounds, started as a script by the laws that need processes of their own.
 
-    python tests/rounds_run.py OUTPUT '{"num_rounds": 2}' [--dropout 0.1] [--double] [--resume]
+python tests/rounds_run.py OUTPUT '{"num_rounds": 2}' [--dropout 0.1] [--double] [--resume]
 """
 
 import argparse

@@ -107,7 +107,15 @@ def test_zero_rounds_are_plain_further_pre_training_bit_for_bit(tmp_path):
 
 
 def plain_arguments(args, output):
-    names = ("max_steps", "per_device_train_batch_size", "learning_rate", "report_to", "disable_tqdm", "max_grad_norm", "seed")
+    names = (
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "report_to",
+        "disable_tqdm",
+        "max_grad_norm",
+        "seed",
+    )
     return DistillationArguments(output_dir=str(output), **{name: getattr(args, name) for name in names})
 
 
@@ -183,7 +191,9 @@ def test_rounds_restart_distil_from_the_round_before_and_leave_the_teacher_alone
     teacher_ids = {id(parameter) for parameter in trainer.teacher.model.parameters()}
     assert not teacher_ids & witness.optimised[-1]
     assert all(parameter.grad is None for parameter in trainer.teacher.model.parameters())
-    assert (tmp_path / "round-2" / "model.safetensors").read_bytes() != (tmp_path / "round-1" / "model.safetensors").read_bytes()
+    assert (tmp_path / "round-2" / "model.safetensors").read_bytes() != (
+        tmp_path / "round-1" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_distillation_from_the_start_itself_begins_at_zero(tmp_path):
@@ -256,7 +266,15 @@ def test_a_model_teacher_stays_bit_identical_and_accumulation_holds(tmp_path):
 
 
 def start_process(output, settings, *flags):
-    command = [sys.executable, str(HERE / "rounds_run.py"), str(output), json.dumps(settings), "--dropout", "0.1", *flags]
+    command = [
+        sys.executable,
+        str(HERE / "rounds_run.py"),
+        str(output),
+        json.dumps(settings),
+        "--dropout",
+        "0.1",
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -19,7 +19,11 @@ def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(
-        [*SPAWN, str(HERE / "two_processes.py"), str(output)], env=environment, capture_output=True, text=True, timeout=400
+        [*SPAWN, str(HERE / "two_processes.py"), str(output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank-{rank}.pt") for rank in (0, 1)]
@@ -27,7 +31,9 @@ def ranks(tmp_path_factory):
 
 def assert_close(found, expected):
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_two_processes_really_train_together(ranks):

@@ -84,6 +84,11 @@ class DistillationTrainer(Trainer):
     ):
         if compute_loss_func is not None:
             raise ValueError("compute_loss_func would bypass the objective: write an Objective and pass objective=...")
+        if getattr(args, "push_to_hub", False):
+            raise ValueError(
+                "push_to_hub would upload training_args.bin, with your token and local paths inside, and every checkpoint: "
+                "leave it off and upload the saved student's folder (hf upload REPO FOLDER --exclude training_args.bin)"
+            )
         if peft_config is not None:
             if model is None:
                 raise ValueError("peft_config goes with model=...; with model_init, return a PeftModel from it")

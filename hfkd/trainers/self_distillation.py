@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -108,6 +109,8 @@ class SelfDistillationTrainer(DistillationTrainer):
 
     # ---- rounds ----
 
+    _head_is_scored = True
+
     def train(self, resume_from_checkpoint: bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train every round that is not done. `True` resumes; anything else wants an output_dir without rounds."""
         if resume_from_checkpoint not in (None, False, True):
@@ -177,10 +180,7 @@ class SelfDistillationTrainer(DistillationTrainer):
             )
             return None
         if round == self.args.num_rounds:
-            self.model = self.model_wrapped = self.call_model_init()
-            self.model.load_state_dict(saved_weights(directory), strict=False)  # tied weights are saved once
-            self.model.tie_weights()
-            self._move_model_to_device(self.model, self.args.device)
+            self._load(directory)
         return TrainOutput(done["global_step"], done["metrics"].get("train_loss", 0.0), done["metrics"])
 
     def _train_round(self, round: int, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -191,12 +191,39 @@ class SelfDistillationTrainer(DistillationTrainer):
         else:
             encoder: Any = load_named_architecture(str(self.round_directory(round - 1))).base_model
             self._set_objective(self.round_objective, ModelTeacher(encoder, view="clean_"))
-        # The head gets no gradient without the masked loss, which DDP has to be told
-        self.args.ddp_find_unused_parameters = not set(MaskedLM.columns) <= set(self.objective.columns)
+        self._head_is_scored = set(MaskedLM.columns) <= set(self.objective.columns)
         logger.info(f"round {round} of {self.args.num_rounds}: {type(self.objective).__name__}")
-        output = super().train(last_whole_checkpoint(directory), *args, **kwargs)
+        checkpoint = last_whole_checkpoint(directory)
+        output = self._trained_already(checkpoint) or super().train(checkpoint, *args, **kwargs)
         self._close_round(directory, output)
         return output
+
+    def _trained_already(self, checkpoint: Path | None) -> TrainOutput | None:
+        """A run killed after its last step is closed as it is: the stock Trainer would resume with one step more."""
+        if checkpoint is None:
+            return None
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return None
+        self.state = state
+        self._load(checkpoint)
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        mean = sum(losses) / max(len(losses), 1)
+        return TrainOutput(state.global_step, mean, {"train_loss": mean})
+
+    def _load(self, directory: Path) -> None:
+        self.model = self.model_wrapped = self.call_model_init()
+        self.model.load_state_dict(saved_weights(directory), strict=False)  # tied weights are saved once
+        self.model.tie_weights()
+        self._move_model_to_device(self.model, self.args.device)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The start weights; a head without a loss is frozen, because DDP waits for the gradient of every parameter."""
+        model: Any = super().call_model_init(trial)
+        if not self._head_is_scored:
+            model.requires_grad_(False)
+            model.base_model.requires_grad_(True)
+        return model
 
     def _close_round(self, directory: Path, output: TrainOutput) -> None:
         self.save_model(str(directory))
@@ -210,7 +237,7 @@ class SelfDistillationTrainer(DistillationTrainer):
                 "metrics": output.metrics,
                 "weights": {path.name: file_hash(path) for path in sorted(directory.glob("*.safetensors"))},
             }
-            self._write_card(directory, [*self.finished_rounds()[: self.round], done])
+            self.write_card(directory, [*self.finished_rounds()[: self.round], done])
             write_json(directory / DONE, done)
         self.accelerator.wait_for_everyone()
 
@@ -230,13 +257,15 @@ class SelfDistillationTrainer(DistillationTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self._write_card(Path(output_dir or self.args.output_dir), self.finished_rounds())
+            self.write_card(Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), self.finished_rounds())
+            self.write_card(Path(self.args.output_dir))
 
-    def _write_card(self, directory: Path, rounds: list[dict[str, Any]]) -> None:
+    def write_card(self, directory: Path, rounds: list[dict[str, Any]] | None = None, **facts: Any) -> None:
+        """Render README.md beside the weights in `directory`; `facts` override those of `card_facts`."""
+        rounds = self.finished_rounds() if rounds is None else rounds
         objective = self.round_objective if self.args.num_rounds else MaskedLM()
         names = ("num_rounds", *RECORDED)
         stages = [
@@ -251,13 +280,16 @@ class SelfDistillationTrainer(DistillationTrainer):
         write_card(
             dataclasses.replace(
                 self.card_facts,
-                student=self.card_facts.student or directory.resolve().name,
-                start=self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
-                objective=type(objective).__name__,
-                equation=objective.equation,
-                settings={**objective.settings(), **{name: getattr(self.args, name) for name in names}},
-                rounds=stages,
-                versions=self.card_facts.versions or installed_versions(),
+                **{
+                    "student": self.card_facts.student or directory.resolve().name,
+                    "start": self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
+                    "objective": type(objective).__name__,
+                    "equation": objective.equation,
+                    "settings": {**objective.settings(), **{name: getattr(self.args, name) for name in names}},
+                    "rounds": stages,
+                    "versions": self.card_facts.versions or installed_versions(),
+                    **facts,
+                },
             ),
             directory,
         )
