@@ -55,6 +55,7 @@ def squared_distance(student_features: Tensor, teacher_features: Tensor) -> Tens
 
 def masked_mean(features: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over the tokens that are not padding. (batch, tokens, hidden), (batch, tokens) -> (batch, hidden)."""
+    features = at_least_float32(features)
     weights = attention_mask.to(features.dtype).unsqueeze(-1)
     return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
 

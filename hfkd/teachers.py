@@ -101,6 +101,8 @@ def load_named_architecture(name: str, *, revision: str | None = None, trust_rem
             name, config=config, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except OSError as error:
+        if Path(name).is_dir():
+            raise  # transformers names the file that is missing
         raise OSError(
             f"teacher {name!r} is neither a local folder nor reachable on the Hub. Without a network: pass a local "
             f"folder or a module, or fill the Hugging Face cache beforehand (hf download {name})"

@@ -106,12 +106,12 @@ def check_objective(
         assert int(counts[name]) == int((units >= 0).sum()), f"{name}: count() says {int(counts[name])} units"
         assert bool((values[units < 0] == 0).all()), f"{name}: padding must contribute 0"
         assert bool(torch.isfinite(values).all()), f"{name} is not finite"
+    again = _score(objective, case_of(everything))
+    assert all(torch.equal(terms[name], again[name]) for name in terms), "two calls gave different values"
+    _check_columns(objective, case, terms)
     _check_halves(objective, case_of, terms)
     _check_gradients(objective, case_of)
     _check_extremes(objective, case_of)
-    again = _score(objective, case_of(everything))
-    assert all(torch.equal(terms[name], again[name]) for name in terms), "two calls gave different values"
-    _score(objective, replace(case, batch={n: case.batch[n] for n in objective.columns}))  # reads only its columns
     if zero_at_teacher and "teacher" in objective.needs:
         _check_zero_at_teacher(objective, case, expected_zero)
 
@@ -131,6 +131,16 @@ def _check_hyper_parameters(objective: Objective) -> None:
     for name in inspect.signature(type(objective).__init__).parameters:
         if name not in ("self", "args", "kwargs"):
             assert hasattr(objective, name), f"__init__ must store {name!r} under its own name"
+
+
+def _check_columns(objective: Objective, case: Case, terms: Terms) -> None:
+    """The trainer keeps the declared columns only."""
+    try:
+        declared = _score(objective, replace(case, batch={name: case.batch[name] for name in objective.columns}))
+    except KeyError as error:
+        raise AssertionError(f"forward reads {error}, but columns is {objective.columns}") from error
+    same = all(name in declared and torch.equal(terms[name], declared[name]) for name in terms)
+    assert same, f"the values change when the batch has no other columns than {objective.columns}: extend columns"
 
 
 def _check_halves(objective: Objective, case_of: Callable[..., Case], terms: Terms) -> None:
@@ -155,7 +165,9 @@ def _check_gradients(objective: Objective, case_of: Callable[..., Case]) -> None
     for output in (case.student, case.teacher):
         for tensor in _tensors(output):
             tensor.requires_grad_(True)
-    torch.stack([values.sum() for values in _score(objective, case).values()]).sum().backward()
+    total = torch.stack([values.sum() for values in _score(objective, case).values()]).sum()
+    assert total.requires_grad, "no gradient reaches the student"
+    total.backward()
     assert any(tensor.grad is not None for tensor in _tensors(case.student)), "no gradient reaches the student"
     assert all(tensor.grad is None for tensor in _tensors(case.teacher)), "a gradient reaches the teacher: detach it"
 

@@ -40,6 +40,7 @@ from hfkd.data import embedded
 from hfkd.data.splits import low_resource_subset
 from hfkd.data.text import TEXT_TASKS, label_names, load_text, tokenize
 from hfkd.diagnostics.metrics import score
+from hfkd.models.two_view import two_view_config
 from hfkd.objectives import MaskedLM
 from hfkd.regularized import MARS, R3F, RecAdam, noisy_model, recall_groups
 from hfkd.trainers.arguments import parse_arguments
@@ -106,9 +107,14 @@ class RecipeArguments:
 def main() -> None:
     recipe, args = parse(sys.argv[1:])
     started = time.monotonic()
-    prepare_output(recipe, args)
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its own
+    datasets.disable_progress_bars()
+    written = earlier_run(recipe, args)
     texts, labelled = load_data(recipe, args)
     start_directory = start_weights(recipe, args)
+    with args.main_process_first(desc="overwriting"):  # only now, when the inputs have proved right
+        for path in written if args.process_index == 0 else []:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     tokenizer = AutoTokenizer.from_pretrained(start_directory)
     rows = tokenize(texts, tokenizer, recipe.max_length)
     trainer = self_distil(recipe, args, start_directory, tokenizer, rows, Path(args.output_dir))
@@ -136,26 +142,26 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, SelfDistillationArgume
     unknown = set(recipe.baseline) - {"recadam", "mars", "r3f"}
     if unknown:
         raise ValueError(f"--baseline {' '.join(sorted(unknown))}: choose among recadam, mars, r3f")
+    if recipe.model_name_or_path:
+        two_view_config(recipe.model_name_or_path)
     if recipe.evaluate_on not in ("test", "validation"):
         raise ValueError(f"--evaluate_on {recipe.evaluate_on}: choose test or validation")
     return recipe, args
 
 
-def prepare_output(recipe: RecipeArguments, args: SelfDistillationArguments) -> None:
-    """Refuse to mix two runs; with --overwrite, delete what the earlier one wrote and nothing else."""
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its own
-    datasets.disable_progress_bars()
+def earlier_run(recipe: RecipeArguments, args: SelfDistillationArguments) -> list[Path]:
+    """What --overwrite deletes: the stages of an earlier run and nothing else. Two runs in one folder are refused."""
     output = Path(args.output_dir)
-    written = [*output.glob("round-*"), *output.glob("ablation-*"), output / "fine_tuning", output / "start"]
-    written = [path for path in written if path.exists()]
-    if recipe.overwrite:
-        for path in [*written, output / "rounds.json"] if args.process_index == 0 else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif written and not resumes(args):
+    names = ("round-*", "ablation-*", "fine_tuning", "fine_tuned", "start", "rounds.json")
+    written = sorted(path for name in names for path in output.glob(name))
+    if not written or resumes(args):
+        return []
+    if not recipe.overwrite:
         raise FileExistsError(
-            f"{output} holds another run ({', '.join(sorted(path.name for path in written))}): go on with it with "
+            f"{output} holds another run ({', '.join(path.name for path in written)}): go on with it with "
             "--resume_from_checkpoint True, delete it with --overwrite, or choose another --output_dir"
         )
+    return written
 
 
 def resumes(args: SelfDistillationArguments) -> bool:
@@ -190,6 +196,8 @@ def load_data(recipe: RecipeArguments, args: SelfDistillationArguments) -> tuple
             f"fine-tuning is evaluated on the {recipe.evaluate_on} split, but the data has {', '.join(splits)}: give "
             f"--{recipe.evaluate_on}_file, or --fine_tuning_seeds 0 to pre-train only"
         )
+    if recipe.fine_tuning_seeds and recipe.labelled_rows:
+        low_resource_subset(splits["train"]["label"], recipe.labelled_rows)  # too many asked for: say so now
     texts = splits["train"].select_columns("text")
     if task == "movie_sentences":
         plots_of_training = movie_plots_of(set(splits["train"]["group"]))
@@ -226,7 +234,8 @@ def warm_up_head(
     """Train the masked-language head alone: it starts at random, and would drag the body along otherwise."""
     model, tokenizer = two_view_model(str(plain)), AutoTokenizer.from_pretrained(plain)
     model.base_model.requires_grad_(False)
-    rows = tokenize(embedded.news_articles(), tokenizer, recipe.max_length)
+    news = embedded.news_articles().shuffle(seed=0)
+    rows = tokenize(news.select(range(min(len(news), 32 * steps))), tokenizer, recipe.max_length)
     settings = stage_arguments(
         args, target, max_steps=steps, learning_rate=1e-3, per_device_train_batch_size=32 // args.world_size
     )

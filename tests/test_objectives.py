@@ -257,7 +257,9 @@ def test_pretrain_loss_can_be_left_out():
     objective = SelfDistill(pretrain_loss=False)
     assert not {"masked_positions", "masked_labels"} & set(objective.columns)
     features = torch.ones(2, 2, 3)
-    terms = objective(SimpleNamespace(features=features, logits=None), TeacherOutput(features=features), batch_by_hand())
+    terms = objective(
+        SimpleNamespace(features=features, logits=None), TeacherOutput(features=features), batch_by_hand()
+    )
     assert set(terms) == {"distill_loss"}
 
 

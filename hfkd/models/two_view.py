@@ -11,6 +11,7 @@ student must load as the plain model it is, without hfkd.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,25 +93,35 @@ TWO_VIEWS: dict[str, Any] = {
 }
 
 
-def two_view_model(name_or_path: str, **kwargs: Any) -> Any:
-    """Load a masked language model (Hub id or folder) that the rounds of self-distillation can train, in float32.
+def two_view_config(name_or_path: str, **kwargs: Any) -> Any:
+    """The configuration of start weights that the rounds can train: cheap, so a wrong id or architecture fails early.
 
     Raises ValueError for an architecture without a two-view form, OSError for an id that cannot be reached.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
-        if config.model_type not in TWO_VIEWS:
-            raise ValueError(
-                f"{name_or_path} is a {config.model_type!r} model; self-distillation of text has a two-view form for "
-                f"{', '.join(TWO_VIEWS)} (a new one is three lines in hfkd/models/two_view.py)"
-            )
-        # A bfloat16 checkpoint would train in bfloat16; mixed precision wants float32 weights
-        return TWO_VIEWS[config.model_type].from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, use_safetensors=True, **kwargs
-        )
     except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise  # transformers names the file that is missing
         raise OSError(
             f"model {name_or_path!r} is neither a local folder nor reachable on the Hub. Without a network: give a local "
-            f"folder with --model_name_or_path, leave the flag out (the embedded RoBERTa), or fill the Hugging Face "
-            f"cache beforehand (hf download {name_or_path})"
+            "folder with --model_name_or_path, leave the flag out (the embedded RoBERTa), or fill the Hugging Face cache "
+            f"beforehand (hf download {name_or_path})"
         ) from error
+    if config.model_type not in TWO_VIEWS:
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type!r} model; self-distillation of text has a two-view form for "
+            f"{', '.join(TWO_VIEWS)} (a new one is three lines in hfkd/models/two_view.py)"
+        )
+    return config
+
+
+def two_view_model(name_or_path: str, **kwargs: Any) -> Any:
+    """Load a masked language model (Hub id or folder) that the rounds of self-distillation can train.
+
+    In float32: a bfloat16 checkpoint would otherwise train in bfloat16, and mixed precision wants float32 weights.
+    Raises as `two_view_config` does.
+    """
+    config = two_view_config(name_or_path, **kwargs)
+    kind = TWO_VIEWS[config.model_type]
+    return kind.from_pretrained(name_or_path, config=config, dtype=torch.float32, use_safetensors=True)

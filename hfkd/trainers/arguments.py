@@ -83,7 +83,7 @@ def parse_arguments(
     known ones; unknown flags end the program with argparse's message.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclass_types)
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # --conf would be taken, and the file not read
     parser.add_argument("--config", help="A YAML file with values for any of these fields; flags win over it.")
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")

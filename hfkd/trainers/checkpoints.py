@@ -37,9 +37,10 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write to a temporary name, flush to disk, rename: the file is there whole or not at all."""
+    text = json.dumps(content, indent=2)  # before the file is opened, so that a failure leaves nothing behind
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
