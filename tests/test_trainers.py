@@ -128,6 +128,8 @@ def test_refusals_of_the_rounds(tmp_path):
     model = start_model()
     with pytest.raises(ValueError, match="num_rounds must be 0"):
         rounds_trainer(tmp_path, {"num_rounds": -1})
+    with pytest.raises(ValueError, match="SelfDistillationArguments"):
+        SelfDistillationTrainer(model, processing_class=tiny_tokenizer())
     with pytest.raises(ValueError, match="the round before it"):
         rounds_trainer(tmp_path, {}, teacher=ModelTeacher(model))
     with pytest.raises(ValueError, match="optimizer_cls_and_kwargs"):

@@ -52,7 +52,7 @@ def stage_distances(rows: Rows, path: PathLike) -> Figure:
     _need(shown, "distance")
     figure, (axes,) = _figure(1, (max(4.2, 1.25 * len(shown) + 1.0), 3.8))
     bars = axes.bar(range(len(shown)), [float(row["distance"]) for row in shown], width=0.6, color=_PALETTE[0])
-    axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=9)
+    axes.bar_label(bars, fmt="{:.2f}", padding=3, fontsize=9)
     axes.margins(y=0.15)
     _stage_ticks(axes, shown)
     axes.set_ylabel("L2 distance over encoder weights")

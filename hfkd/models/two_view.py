@@ -92,6 +92,8 @@ TWO_VIEWS: dict[str, Any] = {
     "bert": BertForMaskedLM,
 }
 
+SOURCE_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
+
 
 def two_view_config(name_or_path: str, **kwargs: Any) -> Any:
     """The configuration of start weights that the rounds can train: cheap, so a wrong id or architecture fails early.
@@ -120,8 +122,10 @@ def two_view_model(name_or_path: str, **kwargs: Any) -> Any:
     """Load a masked language model (Hub id or folder) that the rounds of self-distillation can train.
 
     In float32: a bfloat16 checkpoint would otherwise train in bfloat16, and mixed precision wants float32 weights.
+    `kwargs`: where to load from (revision, token, ...), and changes of the configuration (num_hidden_layers=2, say).
     Raises as `two_view_config` does.
     """
     config = two_view_config(name_or_path, **kwargs)
+    source = {name: value for name, value in kwargs.items() if name in SOURCE_OPTIONS}
     kind = TWO_VIEWS[config.model_type]
-    return kind.from_pretrained(name_or_path, config=config, dtype=torch.float32, use_safetensors=True)
+    return kind.from_pretrained(name_or_path, config=config, dtype=torch.float32, use_safetensors=True, **source)

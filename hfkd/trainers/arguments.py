@@ -80,7 +80,7 @@ def parse_arguments(
     """Fields from YAML files and flags: `defaults` first, then `--config file.yaml`, and flags win over both.
 
     Returns one instance of each dataclass. Raises ValueError for keys in a file that no dataclass has, with the nearest
-    known ones; unknown flags end the program with argparse's message.
+    known ones, and for flags that no dataclass has.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # --conf would be taken, and the file not read
@@ -90,7 +90,10 @@ def parse_arguments(
     known, _ = only_config.parse_known_args(words)
     fields = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     for path in filter(None, (defaults, known.config)):
-        parser.set_defaults(**_read_yaml(Path(path), fields))
+        values = _read_yaml(Path(path), fields)
+        parser.set_defaults(**values)
+        for action in parser._actions:  # a value in a file counts as given
+            action.required = action.required and action.dest not in values
     *parsed, _ = parser.parse_args_into_dataclasses(words)
     return tuple(parsed)
 

@@ -21,6 +21,7 @@ from hfkd.hub import CardFacts, write_card
 from hfkd.objectives.objective import Objective
 from hfkd.objectives.self_distill import MaskedLM, SelfDistill
 from hfkd.teachers import ModelTeacher, load_named_architecture
+from hfkd.trainers.arguments import SelfDistillationArguments
 from hfkd.trainers.checkpoints import file_hash, last_whole_checkpoint, odd_files, read_json, weights_hash, write_json
 from hfkd.trainers.distillation import DistillationTrainer
 
@@ -70,6 +71,8 @@ class SelfDistillationTrainer(DistillationTrainer):
         objective: Objective | None = None,
         peft_config: Any = None,
     ):
+        if not isinstance(args, SelfDistillationArguments):
+            raise ValueError(f"args must be SelfDistillationArguments(output_dir=...), got {type(args).__name__}")
         if teacher is not None or peft_config is not None:
             raise ValueError(
                 "the teacher of a round is the encoder of the round before it: leave teacher and peft_config out"
@@ -161,6 +164,7 @@ class SelfDistillationTrainer(DistillationTrainer):
         return {
             **settings,
             "objective": objective,
+            "mlm_probability": getattr(self.data_collator, "mlm_probability", None),
             "rows": len(self.train_dataset),
             "rows_per_step": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "start": weights_hash(start.state_dict()),

@@ -1,0 +1,33 @@
+"""A benchmark that no longer runs leaves a number in the documentation that nobody can check. Nothing here is timed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
+SIZES = {"steps": 1, "batch_size": 2, "length": 16, "hidden_size": 32, "num_layers": 1, "vocab_size": 100}
+TINY = [*(f"--{name}={value}" for name, value in SIZES.items()), "--device=cpu"]
+
+
+@pytest.mark.launch
+def test_masked_lm_step_compares_both_sides(tmp_path):
+    """A ratio without its two sides, or of two sides that compute different things, would be believed all the same."""
+    path = tmp_path / "numbers.json"
+    command = [sys.executable, str(BENCHMARKS / "masked_lm_step.py"), *TINY, "--json", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    measured = {"cpu_seconds", "wall_seconds", "step_bytes", "peak_bytes"}
+    measured |= {"default_malloc_step_bytes", "default_malloc_peak_bytes"}
+    assert numbers["stock"].keys() == numbers["hfkd"].keys() == numbers["ratios"].keys() == measured
+    for name, ratio in numbers["ratios"].items():
+        assert numbers["stock"][name] > 0 and numbers["hfkd"][name] > 0, name
+        assert ratio == pytest.approx(numbers["hfkd"][name] / numbers["stock"][name])
+    assert max(numbers["differences"].values()) <= 1e-4
+    assert set(numbers["headline"].values()) <= measured
+    assert "step ratio" in run.stdout and "memory ratio" in run.stdout
