@@ -11,9 +11,10 @@ Every stage and every fine-tuning seed is saved; `--resume_from_checkpoint True`
 
 from __future__ import annotations
 
+import argparse
 import copy
-import itertools
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -22,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import transformers
+from stage_fine_tuning import FineTuning, check_baselines, stage_arguments
 from stage_report import card_results, draw, stage_rows, table, write_csv
-from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback
+from transformers import AutoTokenizer
 
 from hfkd import (
-    DistillationArguments,
     DistillationTrainer,
     MaskedLMCollator,
     SelfDistillationArguments,
@@ -38,13 +37,10 @@ from hfkd import (
 )
 from hfkd.data import embedded
 from hfkd.data.splits import low_resource_subset
-from hfkd.data.text import TEXT_TASKS, label_names, load_text, tokenize
-from hfkd.diagnostics.metrics import score
+from hfkd.data.text import TEXT_TASKS, load_text, tokenize
 from hfkd.models.two_view import two_view_config
 from hfkd.objectives import MaskedLM
-from hfkd.regularized import MARS, R3F, RecAdam, noisy_model, recall_groups
 from hfkd.trainers.arguments import parse_arguments
-from hfkd.trainers.checkpoints import read_json, write_json
 
 HERE = Path(__file__).resolve().parent
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--model_name_or_path", "--config")
@@ -111,20 +107,20 @@ def main() -> None:
     datasets.disable_progress_bars()
     written = earlier_run(recipe, args)
     texts, labelled = load_data(recipe, args)
-    start_directory = start_weights(recipe, args)
-    with args.main_process_first(desc="overwriting"):  # only now, when the inputs have proved right
-        for path in written if args.process_index == 0 else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    tokenizer = AutoTokenizer.from_pretrained(start_directory)
+    start = start_weights(recipe, args)
+    tokenizer = AutoTokenizer.from_pretrained(start)
     rows = tokenize(texts, tokenizer, recipe.max_length)
-    trainer = self_distil(recipe, args, start_directory, tokenizer, rows, Path(args.output_dir))
+    trainer = rounds_trainer(recipe, args, start, tokenizer, rows, Path(args.output_dir))
+    delete(written, trainer)  # only now, when all inputs have proved right
+    say(f"Round 0: further pre-training; then {args.num_rounds} round(s) of self-distillation ({len(rows):,} texts)")
+    trainer.train(resume_from_checkpoint=resumes(args))
     stages = {"start": Path(args.output_dir) / "start", "further pre-trained": trainer.round_directory(0)}
-    for number in range(1, args.num_rounds + 1):
-        stages[f"self-distilled {number}"] = trainer.round_directory(number)
-    stages |= ablations(recipe, args, start_directory, tokenizer, rows)
-    results = fine_tune_all(recipe, args, stages, tokenizer, labelled) if labelled else []
+    stages |= {f"self-distilled {number}": trainer.round_directory(number) for number in range(1, args.num_rounds + 1)}
+    student = list(stages)[-1]
+    stages |= ablations(recipe, args, start, tokenizer, rows)
+    results = FineTuning(recipe, args, labelled, tokenizer, student).run(stages) if labelled else []
     if trainer.is_world_process_zero():
-        report(recipe, args, trainer, stages, results, time.monotonic() - started)
+        report(recipe, args, trainer, stages, student, results, time.monotonic() - started)
 
 
 # ---- arguments and output folder ----
@@ -132,16 +128,19 @@ def main() -> None:
 
 def parse(arguments: list[str]) -> tuple[RecipeArguments, SelfDistillationArguments]:
     own_data = any(word.split("=")[0] in OWN_DATA for word in arguments)
-    profile = next((b for a, b in itertools.pairwise(arguments) if a == "--profile"), "")
-    profile = profile or ("paper" if own_data else "demo")
+    only_profile = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_profile.add_argument("--profile", default="paper" if own_data else "demo")
+    profile = only_profile.parse_known_args(arguments)[0].profile
     path = HERE / "configs" / f"self_distill_roberta_{profile}.yaml"
     if not path.is_file():
         raise ValueError(f"--profile {profile}: choose demo, study or paper, or give your own values with --config")
     recipe, args = parse_arguments(RecipeArguments, SelfDistillationArguments, arguments=arguments, defaults=path)
+    if recipe.profile not in ("", profile):
+        raise ValueError(
+            f"profile: {recipe.profile} stands in a YAML file; give it as a flag, because it names a file itself"
+        )
     recipe.profile = profile
-    unknown = set(recipe.baseline) - {"recadam", "mars", "r3f"}
-    if unknown:
-        raise ValueError(f"--baseline {' '.join(sorted(unknown))}: choose among recadam, mars, r3f")
+    check_baselines(recipe)
     if recipe.model_name_or_path:
         two_view_config(recipe.model_name_or_path)
     if recipe.evaluate_on not in ("test", "validation"):
@@ -162,6 +161,13 @@ def earlier_run(recipe: RecipeArguments, args: SelfDistillationArguments) -> lis
             "--resume_from_checkpoint True, delete it with --overwrite, or choose another --output_dir"
         )
     return written
+
+
+def delete(written: list[Path], trainer: SelfDistillationTrainer) -> None:
+    if trainer.is_world_process_zero():
+        for path in written:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    trainer.accelerator.wait_for_everyone()
 
 
 def resumes(args: SelfDistillationArguments) -> bool:
@@ -218,7 +224,7 @@ def start_weights(recipe: RecipeArguments, args: SelfDistillationArguments) -> s
         return recipe.model_name_or_path
     steps = bounded(recipe.head_warmup_steps, args)
     cache = Path(args.output_dir).parent / "cache"
-    target = cache / f"roberta-minilm-head-{steps}"
+    target = cache / f"roberta-minilm-head-{steps}-{recipe.max_length}-{recipe.mlm_probability}"
     with args.main_process_first(desc="embedded model"):
         plain = embedded.save_embedded_roberta(cache / "roberta-minilm")
     if not steps:
@@ -255,22 +261,6 @@ def bounded(steps: int, args: SelfDistillationArguments) -> int:
     return steps if args.max_steps <= 0 else min(steps, args.max_steps)
 
 
-def stage_arguments(args: SelfDistillationArguments, directory: Path, **changes: Any) -> DistillationArguments:
-    """Arguments of a stage other than the rounds: the machine's settings are shared, the budget and the folder are not."""
-    shared = ("use_cpu", "bf16", "fp16", "tf32", "dataloader_num_workers", "per_device_eval_batch_size", "disable_tqdm")
-    values = {name: getattr(args, name) for name in shared}
-    return DistillationArguments(
-        **{
-            **values,
-            "output_dir": str(directory),
-            "save_strategy": "no",
-            "report_to": "none",
-            "logging_steps": 50,
-            **changes,
-        }
-    )
-
-
 def say(text: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"\n== {text}", flush=True)
@@ -279,7 +269,7 @@ def say(text: str) -> None:
 # ---- rounds ----
 
 
-def self_distil(
+def rounds_trainer(
     recipe: RecipeArguments,
     args: SelfDistillationArguments,
     start: str,
@@ -288,12 +278,12 @@ def self_distil(
     output: Path,
     **changes: Any,
 ) -> SelfDistillationTrainer:
-    """Round 0 and the rounds after it, resumed where they stopped."""
+    """The trainer of round 0 and the rounds after it, with what only a recipe knows for the card."""
     settings = copy.copy(args)
+    if recipe.pretrain_steps:
+        settings.max_steps = bounded(recipe.pretrain_steps, args)
     for name, value in {"output_dir": str(output), **changes}.items():
         setattr(settings, name, value)
-    if "max_steps" not in changes and recipe.pretrain_steps:
-        settings.max_steps = bounded(recipe.pretrain_steps, args)
     length = recipe.max_length if recipe.pad_to_max_length else None
     trainer = SelfDistillationTrainer(
         args=settings,
@@ -302,18 +292,10 @@ def self_distil(
         processing_class=tokenizer,
         model_init=lambda: two_view_model(start),
     )
-    trainer.card_facts.start = (
-        recipe.model_name_or_path or "MiniLM-L6 in RoBERTa form (sentence-transformers/all-MiniLM-L6-v2)"
-    )
-    trainer.card_facts.datasets = [
-        recipe.dataset_name or recipe.task or Path(recipe.train_file or "movie_sentences").name
-    ]
-    trainer.card_facts.command = "accelerate launch recipes/self_distill_roberta.py " + " ".join(sys.argv[1:])
-    say(
-        f"Round 0: further pre-training; then {settings.num_rounds} round(s) of self-distillation ({len(rows):,} texts)"
-    )
-    # A reused round 0 makes an ablation a run that is resumed
-    trainer.train(resume_from_checkpoint=resumes(args) or output != Path(args.output_dir))
+    facts = trainer.card_facts
+    facts.start = recipe.model_name_or_path or "MiniLM-L6 in RoBERTa form (sentence-transformers/all-MiniLM-L6-v2)"
+    facts.datasets = [recipe.dataset_name or recipe.task or Path(recipe.train_file or "movie_sentences").name]
+    facts.command = "accelerate launch recipes/self_distill_roberta.py " + shlex.join(sys.argv[1:])
     return trainer
 
 
@@ -323,15 +305,18 @@ def ablations(
     """The paper's ablations: other numbers of further-pre-training steps, and a round without the masked loss."""
     stages = {}
     for steps in recipe.ablation_steps:
+        say(f"Ablation: {steps} steps of further pre-training")
         output = Path(args.output_dir) / f"ablation-steps-{steps}"
-        trainer = self_distil(
-            recipe, args, start, tokenizer, rows, output, num_rounds=0, max_steps=bounded(steps, args)
-        )
+        changes = {"num_rounds": 0, "max_steps": bounded(steps, args)}
+        trainer = rounds_trainer(recipe, args, start, tokenizer, rows, output, **changes)
+        trainer.train(resume_from_checkpoint=True)
         stages[f"further pre-trained, {steps} steps"] = trainer.round_directory(0)
     if recipe.ablation_no_pretrain_loss:
+        say("Ablation: one round without the masked loss")
         output = Path(args.output_dir) / "ablation-no-pretrain-loss"
         reuse_round_0(Path(args.output_dir) / "round-0", output / "round-0")
-        trainer = self_distil(recipe, args, start, tokenizer, rows, output, num_rounds=1, no_pretrain_loss=True)
+        trainer = rounds_trainer(recipe, args, start, tokenizer, rows, output, num_rounds=1, no_pretrain_loss=True)
+        trainer.train(resume_from_checkpoint=True)
         stages["no masked loss"] = trainer.round_directory(1)
     return stages
 
@@ -346,123 +331,6 @@ def reuse_round_0(source: Path, target: Path) -> None:
     temporary.rename(target)
 
 
-# ---- fine-tuning ----
-
-
-def fine_tune_all(
-    recipe: RecipeArguments, args: SelfDistillationArguments, stages: dict[str, Path], tokenizer: Any, splits: Any
-) -> list[dict[str, Any]]:
-    """Every stage with every seed; a seed fixes the labelled subset, the head and the order, so that stages pair up."""
-    names = label_names(splits)
-    train = tokenize(splits["train"], tokenizer, recipe.max_length, recipe.pad_to_max_length)
-    held_out = tokenize(splits[recipe.evaluate_on], tokenizer, recipe.max_length, recipe.pad_to_max_length)
-    if recipe.test_rows:
-        held_out = held_out.select(range(min(recipe.test_rows, len(held_out))))
-    # Neighbours of one length need little padding; the order of test rows changes nothing else
-    held_out = held_out.select(np.argsort([len(ids) for ids in held_out["input_ids"]], kind="stable"))
-    kinds = [(stage, "none", seed) for seed in range(recipe.fine_tuning_seeds) for stage in stages]
-    kinds += [("start", baseline, seed) for seed in range(recipe.fine_tuning_seeds) for baseline in recipe.baseline]
-    say(
-        f"Fine-tuning on {recipe.labelled_rows or len(train):,} labelled texts, scored on {len(held_out):,} of the "
-        f"{recipe.evaluate_on} split: {len(kinds)} runs"
-    )
-    results = []
-    for stage, baseline, seed in tqdm(kinds, desc="fine-tuning", disable=args.process_index > 0):
-        name = stage if baseline == "none" else f"start, {baseline}"
-        path = Path(args.output_dir) / "fine_tuning" / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}.json"
-        found = read_json(path)
-        if found is None:
-            found = fine_tune(recipe, args, stages[stage], baseline, seed, tokenizer, train, held_out, names, path)
-        results.append({"stage": name, "seed": seed, **found})
-    return results
-
-
-def fine_tune(
-    recipe: RecipeArguments,
-    args: SelfDistillationArguments,
-    directory: Path,
-    baseline: str,
-    seed: int,
-    tokenizer: Any,
-    train: Any,
-    held_out: Any,
-    names: list[str],
-    path: Path,
-) -> dict[str, float]:
-    """One run; the model of the last step is tested, never the best one."""
-    subset = train
-    if recipe.labelled_rows:
-        subset = train.select(low_resource_subset(train["label"], recipe.labelled_rows, seed))
-    settings = stage_arguments(
-        args,
-        path.parent,
-        seed=seed,
-        learning_rate=recipe.fine_tuning_learning_rate,
-        num_train_epochs=recipe.fine_tuning_epochs,
-        max_steps=args.max_steps if args.max_steps > 0 else -1,
-        per_device_train_batch_size=max(recipe.fine_tuning_batch_size // args.world_size, 1),
-        weight_decay=0.01,
-        warmup_steps=0.1,
-        train_sampling_strategy=args.train_sampling_strategy,
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
-    labels = {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {n: i for i, n in enumerate(names)},
-    }
-    transformers.set_seed(seed)
-    load = noisy_model if baseline == "r3f" else AutoModelForSequenceClassification.from_pretrained
-    with quiet():  # that the classifier is new is what fine-tuning is about
-        model = load(str(directory), **labels)
-    trainer = DistillationTrainer(
-        model,
-        settings,
-        DataCollatorWithPadding(tokenizer),
-        subset,
-        processing_class=tokenizer,
-        objective=R3F(recipe.r3f_weight) if baseline == "r3f" else None,
-        callbacks=[MARS(model, recipe.mars_bound)] if baseline == "mars" else None,
-        optimizers=(recadam(recipe, model), None) if baseline == "recadam" else (None, None),
-    )
-    trainer.remove_callback(PrinterCallback)  # the bar over all runs is enough
-    trainer.train()
-    train_loss = trainer.evaluate(subset)["eval_loss"]
-    prediction = trainer.predict(held_out)
-    predicted = prediction.predictions.argmax(-1)
-    metric = TEXT_TASKS[recipe.task].metric if recipe.task else "accuracy"
-    found = {
-        "metric": metric,
-        "score": score(metric, predicted, prediction.label_ids),
-        "train_loss": train_loss,
-        "test_loss": prediction.metrics["test_loss"],
-    }
-    if trainer.is_world_process_zero():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
-    if seed == 0 and directory == Path(args.output_dir) / f"round-{args.num_rounds}":
-        trainer.save_model(str(Path(args.output_dir) / "fine_tuned"))
-    trainer.accelerator.wait_for_everyone()
-    return found
-
-
-def recadam(recipe: RecipeArguments, model: Any) -> RecAdam:
-    groups = recall_groups(model, weight_decay=0.01)
-    return RecAdam(groups, lr=recipe.fine_tuning_learning_rate, gamma=recipe.recadam_gamma, t0=recipe.recadam_t0)
-
-
-class quiet:
-    """transformers' warnings off, for a few lines."""
-
-    def __enter__(self) -> None:
-        self.level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-
-    def __exit__(self, *error: Any) -> None:
-        transformers.logging.set_verbosity(self.level)
-
-
 # ---- report ----
 
 
@@ -471,6 +339,7 @@ def report(
     args: SelfDistillationArguments,
     trainer: SelfDistillationTrainer,
     stages: dict[str, Path],
+    student: str,
     results: list[dict[str, Any]],
     seconds: float,
 ) -> None:
@@ -486,7 +355,8 @@ def report(
     except ImportError as error:  # matplotlib is an extra
         figures, _ = [], print(f"no figures: {error}")
     trainer.card_facts.results = card_results(rows)
-    trainer.card_facts.stage = list(stages)[args.num_rounds + 1]
+    trainer.card_facts.stage = student
+    fine_tuned = output / "fine_tuned" / stages[student].name
     trainer.card_facts.student = f"{output.name}, round {args.num_rounds}"
     trainer.card_facts.limits = [
         f"Trained for the {recipe.profile} profile: {steps['further pre-trained']} steps a round."
@@ -499,7 +369,7 @@ def report(
     print(f"\n{table(rows)}\n\nTook {seconds / 60:.1f} minutes ({recipe.profile}).")
     print(f"  student (masked LM)    {rounds[-1]}   card: {rounds[-1] / 'README.md'}")
     if results:
-        print(f"  student, fine-tuned    {output / 'fine_tuned'}")
+        print(f"  student, fine-tuned    {fine_tuned}")
     print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}")
     for figure in figures:
         print(f"  figure                 {figure}")

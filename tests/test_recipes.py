@@ -90,7 +90,7 @@ def test_own_files_from_text_to_a_fine_tuned_student(recipe, inputs, tmp_path, m
         assert f"| {stage} |" in table
     rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open()))
     assert len(rows) == 8 * 2 and {row["seed"] for row in rows} == {"0", "1"}
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "fine_tuned")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "fine_tuned" / "round-1")
     assert model.config.id2label == {0: "calm", 1: "glad", 2: "sad"}
     for name in ("losses", "distances", "scores", "gaps", "steps"):
         assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
@@ -110,11 +110,24 @@ def test_own_files_from_text_to_a_fine_tuned_student(recipe, inputs, tmp_path, m
     assert (other.stat().st_mtime_ns, weights.stat().st_mtime_ns) == times
     assert (tmp_path / "run" / "results.md").read_text() == table
 
+    # other settings are not averaged into the same row
+    with pytest.raises(ValueError, match="fine_tuning_epochs"):
+        changed = [
+            *words,
+            "--ablation_no_pretrain_loss",
+            "--resume_from_checkpoint",
+            "True",
+            "--fine_tuning_epochs",
+            "3",
+        ]
+        run(recipe, monkeypatch, changed)
+
     # another run does not touch it, unless it is told to
     with pytest.raises(FileExistsError, match="--overwrite"):
         run(recipe, monkeypatch, words)
-    with pytest.raises(ValueError, match="txt"):  # a wrong input beside --overwrite deletes nothing
-        run(recipe, monkeypatch, [*flags(inputs, tmp_path / "run", text_column="txt"), "--overwrite"])
+    for wrong in ({"text_column": "txt"}, {"mlm_probability": 2}, {"label_smoothing_factor": 0.1}):
+        with pytest.raises(ValueError):  # a wrong input beside --overwrite deletes nothing
+            run(recipe, monkeypatch, [*flags(inputs, tmp_path / "run", **wrong), "--overwrite"])
     assert seed.exists()
     run(recipe, monkeypatch, [*flags(inputs, tmp_path / "run", fine_tuning_seeds=0), "--overwrite"])
     assert not seed.exists()
@@ -219,4 +232,4 @@ def test_the_demo_on_embedded_data(tmp_path):
     for stage in ("start", "further pre-trained", "self-distilled 1"):
         assert f"| {stage} |" in printed
     assert (tmp_path / "demo" / "round-1" / "README.md").exists()
-    assert (tmp_path / "cache" / "roberta-minilm-head-1" / "whole").exists()
+    assert (tmp_path / "cache" / "roberta-minilm-head-1-48-0.15" / "whole").exists()

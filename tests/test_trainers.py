@@ -120,6 +120,59 @@ def test_hidden_evaluation_masks_never_change(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_eval_loss_does_not_depend_on_the_batch_size(tmp_path):
+    """A mean of batch means lets a batch with one masked token count as much as one with forty."""
+    losses = []
+    for size in (2, 5, 32):
+        trainer = rounds_trainer(
+            tmp_path / str(size), {"num_rounds": 0, "per_device_eval_batch_size": size}, double=True
+        )
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) == pytest.approx(losses[2], rel=1e-9)
+
+
+def test_predicting_uses_fixed_masks_too(tmp_path):
+    """Test losses of two epochs could not be compared."""
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 0})
+    trainer.data_collator.set_position(round=3, epoch=7)
+    batches = [
+        next(iter(get(trainer.train_dataset))) for get in (trainer.get_eval_dataloader, trainer.get_test_dataloader)
+    ]
+    assert torch.equal(batches[0]["masked_positions"], batches[1]["masked_positions"])
+
+
+def test_no_token_is_pickled_and_nothing_is_pushed(tmp_path):
+    """The stock upload takes training_args.bin with the token, and every nested checkpoint."""
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 0, "hub_token": "hf_" + "a" * 20})
+    trainer.train()
+    files = list(tmp_path.rglob("training_args.bin"))
+    assert files and not any(b"hf_aaaa" in path.read_bytes() for path in files)
+    assert trainer.args.hub_token
+    with pytest.raises(ValueError, match="training_args.bin"):
+        trainer.push_to_hub()
+
+
+def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """Killed between the two with save_total_limit=1, a run would have no checkpoint at all."""
+    from hfkd.trainers import distillation
+
+    trainer = rounds_trainer(tmp_path, {"num_rounds": 0, "save_total_limit": 1})
+    real = distillation.mark_whole
+
+    def killed(directory):
+        if directory.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        real(directory)
+
+    monkeypatch.setattr(distillation, "mark_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert distillation.last_whole_checkpoint(tmp_path / "round-0").name == "checkpoint-2"
+    monkeypatch.undo()
+    rounds_trainer(tmp_path, {"num_rounds": 0, "save_total_limit": 1}).train(resume_from_checkpoint=True)
+    assert [path.name for path in (tmp_path / "round-0").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
 # ---- SelfDistillationTrainer ----
 
 
@@ -128,6 +181,11 @@ def test_refusals_of_the_rounds(tmp_path):
     model = start_model()
     with pytest.raises(ValueError, match="num_rounds must be 0"):
         rounds_trainer(tmp_path, {"num_rounds": -1})
+    for setting in ("load_best_model_at_end", "save_only_model"):
+        with pytest.raises(ValueError, match="their last step"):
+            rounds_trainer(tmp_path, {setting: True, "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2})
+    with pytest.raises(ValueError, match="global generator"):
+        rounds_trainer(tmp_path, {}, data_collator=transformers.DataCollatorForLanguageModeling(tiny_tokenizer()))
     with pytest.raises(ValueError, match="SelfDistillationArguments"):
         SelfDistillationTrainer(model, processing_class=tiny_tokenizer())
     with pytest.raises(ValueError, match="the round before it"):
@@ -174,6 +232,10 @@ def test_another_runs_rounds_are_not_touched(tmp_path):
 def test_resuming_with_other_settings_names_the_difference(tmp_path):
     """Rounds of two learning rates in one folder belong to no experiment."""
     rounds_trainer(tmp_path, {"num_rounds": 0}).train()
+    other_rows = rounds_trainer(tmp_path, {"num_rounds": 1})
+    other_rows.train_dataset = datasets.Dataset.from_list(tiny_rows(32, seed=1))
+    with pytest.raises(ValueError, match="rows was"):
+        other_rows.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="learning_rate was 0.001, now 0.002"):
         rounds_trainer(tmp_path, {"num_rounds": 1, "learning_rate": 2e-3}).train(resume_from_checkpoint=True)
     longer = rounds_trainer(tmp_path, {"num_rounds": 1})
@@ -189,6 +251,14 @@ def test_a_finished_run_resumes_to_its_last_round(tmp_path):
     assert again.train(resume_from_checkpoint=True).global_step == output.global_step
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_a_damaged_record_is_not_taken_for_a_new_run(tmp_path):
+    """Without its record nobody can tell whether the rounds there belong to this run."""
+    rounds_trainer(tmp_path, {"num_rounds": 0}).train()
+    (tmp_path / "rounds.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        rounds_trainer(tmp_path, {"num_rounds": 0}).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -249,9 +319,14 @@ def test_every_save_renders_a_card(tmp_path):
     """A folder without a card is a model nobody can place a year later; one with local paths tells too much."""
     trainer = rounds_trainer(tmp_path, {"num_rounds": 1})
     trainer.train()
-    for folder in ("round-0", "round-1", "round-1/checkpoint-4"):
+    for folder, objective in (
+        ("round-0", "MaskedLM"),
+        ("round-1", "SelfDistill"),
+        ("round-1/checkpoint-4", "SelfDistill"),
+    ):
         text = (tmp_path / folder / "README.md").read_text()
-        assert "SelfDistill" in text and str(tmp_path) not in text
+        assert f"`{objective}`" in text and str(tmp_path) not in text
+    assert "with self-distillation" not in (tmp_path / "round-0" / "README.md").read_text().split("Round 0 is")[0]
     final = (tmp_path / "round-1" / "README.md").read_text()
     for done in trainer.finished_rounds():
         assert f"{done['distance_to_start']:.4f}" in final

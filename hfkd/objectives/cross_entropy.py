@@ -24,9 +24,10 @@ class CrossEntropy(Objective):
         self.label_smoothing = label_smoothing
 
     def build(self, student_config: Any, teacher_config: Any, problem_type: str | None) -> None:
-        if problem_type in ("regression", "multi_label_classification"):
+        number = getattr(student_config, "num_labels", 2)
+        if problem_type in ("regression", "multi_label_classification") or number < 2:
             raise ValueError(
-                f"CrossEntropy scores one label among several, but the student's problem_type is {problem_type!r}: "
+                f"CrossEntropy scores one label among several; the student has {number} and problem_type {problem_type!r}: "
                 "set model.config.problem_type='single_label_classification' or use another objective"
             )
 

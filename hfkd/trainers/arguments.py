@@ -71,6 +71,11 @@ class SelfDistillationArguments(DistillationArguments):
             raise ValueError(
                 f"num_rounds must be 0 (plain further pre-training) or more rounds of self-distillation, got {self.num_rounds}"
             )
+        if self.load_best_model_at_end or self.save_only_model:
+            raise ValueError(
+                "rounds end with their last step and resume from whole checkpoints: leave load_best_model_at_end and "
+                "save_only_model off"
+            )
         super().__post_init__()
 
 
@@ -91,6 +96,9 @@ def parse_arguments(
     fields = {field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     for path in filter(None, (defaults, known.config)):
         values = _read_yaml(Path(path), fields)
+        for action in parser._actions:
+            if action.nargs in ("+", "*") and isinstance(values.get(action.dest), str):
+                values[action.dest] = [values[action.dest]]  # `baseline: mars` is a list of one
         parser.set_defaults(**values)
         for action in parser._actions:  # a value in a file counts as given
             action.required = action.required and action.dest not in values

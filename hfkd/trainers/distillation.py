@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ModelOutput
 
 from hfkd.data.collate import KeyedCollator
@@ -22,6 +24,10 @@ from hfkd.outputs import Batch, Counts, Progress, Terms
 from hfkd.teachers import ModelTeacher, Teacher
 from hfkd.trainers.checkpoints import last_whole_checkpoint, mark_whole
 
+NO_PUSH = (
+    "the stock upload takes training_args.bin, with local paths inside, and every nested checkpoint: leave push_to_hub off "
+    "and upload one saved student (hf upload REPO FOLDER --exclude '*training_args.bin' 'checkpoint-*/*')"
+)
 OPTIONAL_VIEWS = frozenset({"masked_positions", "clean_input_ids"})
 
 
@@ -85,10 +91,7 @@ class DistillationTrainer(Trainer):
         if compute_loss_func is not None:
             raise ValueError("compute_loss_func would bypass the objective: write an Objective and pass objective=...")
         if getattr(args, "push_to_hub", False):
-            raise ValueError(
-                "push_to_hub would upload training_args.bin, with your token and local paths inside, and every checkpoint: "
-                "leave it off and upload the saved student's folder (hf upload REPO FOLDER --exclude training_args.bin)"
-            )
+            raise ValueError(NO_PUSH)
         if peft_config is not None:
             if model is None:
                 raise ValueError("peft_config goes with model=...; with model_init, return a PeftModel from it")
@@ -144,10 +147,8 @@ class DistillationTrainer(Trainer):
         if not isinstance(self.data_collator, KeyedCollator):
             return
         self.keyed.append(self.data_collator)
-        for name in ("train_dataset", "eval_dataset"):
-            dataset = getattr(self, name)
-            if dataset is not None and "example_id" not in (getattr(dataset, "column_names", None) or ["example_id"]):
-                setattr(self, name, dataset.add_column("example_id", list(range(len(dataset)))))
+        self.train_dataset = with_example_ids(self.train_dataset)
+        self.eval_dataset = with_example_ids(self.eval_dataset)
 
     def _set_objective(self, objective: Objective, teacher: Teacher | nn.Module | str | Path | None) -> None:
         if "teacher" in objective.needs and teacher is None:
@@ -187,11 +188,17 @@ class DistillationTrainer(Trainer):
         self.keyed = [*(k for k in self.keyed if not isinstance(k, KeyedLengthSampler)), sampler]
         return sampler
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return self._with_eval_collator(super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return self._with_eval_collator(super().get_test_dataloader, test_dataset)
+
+    def _with_eval_collator(self, build: Callable[[Any], Any], dataset: Any) -> Any:
         # Prefetching workers of the training loader share the training collator's position: never move that one
         train_collator, self.data_collator = self.data_collator, self._eval_collator
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return build(with_example_ids(dataset) if isinstance(train_collator, KeyedCollator) else dataset)
         finally:
             self.data_collator = train_collator
 
@@ -228,22 +235,24 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Counts | None = None,
     ) -> Any:
-        training = model.training
-        if training:
-            self._refuse_unwrapped(model)
-            answer = self.teacher(inputs, self.progress) if self.teacher and "teacher" in self.objective.needs else None
-            outputs = model(**self.student_view(inputs, training))
-            terms = self.objective(outputs, answer, inputs, self.progress)
-            # DDP averages gradients over processes; the units were counted over all of them
-            scale, counts = self.accelerator.num_processes, num_items_in_batch
-        else:
-            outputs = model(**self.student_view(inputs, training))
-            terms = self.objective.task(outputs, inputs)
-            scale, counts = 1, None
-        means = self._means(terms, counts if counts is not None else self.objective.count(inputs), scale)
+        if not model.training:
+            outputs = model(**self.student_view(inputs, training=False))
+            terms, counts = self.objective.task(outputs, inputs), self.objective.count(inputs)
+            self._record_evaluation(terms, counts)
+            loss = torch.stack(list(self._means(terms, counts, 1).values())).sum()
+            return (loss, ModelOutput(logits=outputs.logits)) if return_outputs else loss
+        self._refuse_unwrapped(model)
+        answer = None
+        if self.teacher is not None and "teacher" in self.objective.needs:
+            with self.accelerator.autocast():  # else a bf16 student would be compared with a float32 teacher
+                answer = self.teacher(inputs, self.progress)
+        outputs = model(**self.student_view(inputs, training=True))
+        terms = self.objective(outputs, answer, inputs, self.progress)
+        counts = self.objective.count(inputs) if num_items_in_batch is None else num_items_in_batch
+        # DDP averages gradients over processes; the units were counted over all of them
+        means = self._means(terms, counts, self.accelerator.num_processes)
+        self._record(means)
         loss = torch.stack(list(means.values())).sum()
-        if training:
-            self._record(means)
         return (loss, ModelOutput(logits=outputs.logits)) if return_outputs else loss
 
     @staticmethod
@@ -268,11 +277,34 @@ class DistillationTrainer(Trainer):
 
     def _refuse_unwrapped(self, model: nn.Module) -> None:
         distributed = "MULTI_" in str(self.accelerator.distributed_type)
-        if distributed and not isinstance(model, DistributedDataParallel):
+        if distributed and not isinstance(
+            getattr(model, "_orig_mod", model), DistributedDataParallel
+        ):  # compiled or not
             raise RuntimeError(
                 f"{self.accelerator.num_processes} processes train, but the model is not wrapped, so their gradients would "
                 "never be synchronised. evaluate() before train() causes this: use eval_on_start=True instead"
             )
+
+    # ---- evaluation: the mean over all units, not a mean of batch means ----
+
+    def _record_evaluation(self, terms: Terms, counts: Counts) -> None:
+        for name, values in terms.items():
+            found = torch.stack([values.sum().detach().double(), counts[name].double()])
+            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + found
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but the loss is the sum over units divided by their number: independent of the batch size.
+
+        On several processes the rows that even out the last batch count twice.
+        """
+        self._eval_sums: Terms = {}
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        metrics = output.metrics or {}
+        name = next((name for name in metrics if name.endswith("_loss")), None)
+        if name is not None and self._eval_sums:
+            sums, counts = self.accelerator.reduce(torch.stack(list(self._eval_sums.values())), "sum").unbind(1)
+            metrics[name] = (sums / counts.clamp(min=1)).sum().item()
+        return output
 
     # ---- logs: the terms sum to the logged loss ----
 
@@ -303,7 +335,45 @@ class DistillationTrainer(Trainer):
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Older checkpoints go only after the new one is marked whole, or a kill in between leaves none
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process writes its own random state into the folder
         if self.args.should_save:
-            mark_whole(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            folder = self._get_output_dir(trial)
+            mark_whole(Path(folder) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The stock method pickles the arguments beside the weights, token included
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(NO_PUSH)
+
+
+def with_example_ids(dataset: Any) -> Any:
+    """Rows numbered where they are not: keyed randomness needs a name for every example.
+
+    Raises TypeError for rows that cannot be numbered (a torch data set without `example_id`).
+    """
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: with_example_ids(part) for name, part in dataset.items()}
+    if hasattr(dataset, "column_names"):
+        ready = "example_id" in (dataset.column_names or [])
+        return dataset if ready else dataset.add_column("example_id", list(range(len(dataset))))
+    if hasattr(dataset, "__len__") and "example_id" not in dataset[0]:
+        raise TypeError(
+            f"rows of {type(dataset).__name__} need an `example_id` (the row number), which keys their random masks: add it, "
+            "or pass a datasets.Dataset, where it is added for you"
+        )
+    return dataset

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerState, set_seed
@@ -15,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hfkd.data.collate import MaskedLMCollator
+from hfkd.data.collate import KeyedCollator, MaskedLMCollator
 from hfkd.functional import weight_distance
 from hfkd.hub import CardFacts, write_card
 from hfkd.objectives.objective import Objective
@@ -31,7 +33,8 @@ RECORD = "rounds.json"
 # What a resumed run may not change: another value would make rounds that do not belong together
 RECORDED = (
     *("seed", "max_steps", "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps"),
-    *("adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "optim", "bf16", "fp16"),
+    *("data_seed", "train_sampling_strategy", "dataloader_drop_last"),
 )
 
 
@@ -84,6 +87,15 @@ class SelfDistillationTrainer(DistillationTrainer):
         if model is not None and model_init is None:
             start = copy.deepcopy(model)
             model, model_init = None, lambda: copy.deepcopy(start)
+        if processing_class is None and data_collator is None:
+            raise ValueError("masking needs the tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...)")
+        if data_collator is not None and not isinstance(data_collator, KeyedCollator):
+            raise ValueError(
+                f"{type(data_collator).__name__} draws its masks from the global generator and does not say where they are: "
+                "leave data_collator out, or pass hfkd.MaskedLMCollator"
+            )
+        if not hasattr(train_dataset, "__len__") or not len(train_dataset):
+            raise ValueError(f"rounds need a train_dataset with rows and a length, got {type(train_dataset).__name__}")
         super().__init__(
             model,
             args,
@@ -144,13 +156,17 @@ class SelfDistillationTrainer(DistillationTrainer):
         start: Any = self.call_model_init()
         record = self._record_of_run(start)
         before = read_json(directory / RECORD) if rounds else None
+        if before is None and rounds and (directory / RECORD).exists():
+            raise ValueError(
+                f"{directory / RECORD} is damaged, so nobody can tell which run its rounds belong to: delete both"
+            )
         if before is not None:
             changed = {name: (before[name], record[name]) for name in record if before.get(name) != record[name]}
             if changed:
                 lines = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
                 raise ValueError(f"{directory} was started with other settings, so its rounds cannot go on: {lines}")
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero() and before is None:
+        if self.is_world_process_zero():
             start.save_pretrained(directory / "start")
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(directory / "start")
@@ -159,13 +175,14 @@ class SelfDistillationTrainer(DistillationTrainer):
 
     def _record_of_run(self, start: Any) -> dict[str, Any]:
         settings = {name: getattr(self.args, name) for name in RECORDED}
-        settings["lr_scheduler_type"] = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enums by their value
         objective = f"{type(self.round_objective).__name__}({self.round_objective.settings()})"
         return {
             **settings,
             "objective": objective,
             "mlm_probability": getattr(self.data_collator, "mlm_probability", None),
-            "rows": len(self.train_dataset),
+            "max_length": getattr(self.data_collator, "max_length", None),
+            "rows": rows_hash(self.train_dataset),
             "rows_per_step": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "start": weights_hash(start.state_dict()),
         }
@@ -174,8 +191,9 @@ class SelfDistillationTrainer(DistillationTrainer):
         """What a finished round reported, with its weights loaded; None when it is not done or its weights are damaged."""
         directory = self.round_directory(round)
         done = read_json(directory / DONE)
-        if done is None:
+        if not done:
             return None
+        self.round = round
         odd = odd_files(directory, done["weights"])
         if odd:
             logger.warning(
@@ -239,7 +257,9 @@ class SelfDistillationTrainer(DistillationTrainer):
                 "global_step": output.global_step,
                 "distance_to_start": self._distance_to_start(directory),
                 "metrics": output.metrics,
-                "weights": {path.name: file_hash(path) for path in sorted(directory.glob("*.safetensors"))},
+                "weights": {
+                    path.name: file_hash(path) for path in [*directory.glob("*.safetensors"), directory / "config.json"]
+                },
             }
             self.write_card(directory, [*self.finished_rounds()[: self.round], done])
             write_json(directory / DONE, done)
@@ -270,7 +290,7 @@ class SelfDistillationTrainer(DistillationTrainer):
     def write_card(self, directory: Path, rounds: list[dict[str, Any]] | None = None, **facts: Any) -> None:
         """Render README.md beside the weights in `directory`; `facts` override those of `card_facts`."""
         rounds = self.finished_rounds() if rounds is None else rounds
-        objective = self.round_objective if self.args.num_rounds else MaskedLM()
+        objective = self.round_objective if self.round else MaskedLM()
         names = ("num_rounds", *RECORDED)
         stages = [
             {
@@ -291,6 +311,7 @@ class SelfDistillationTrainer(DistillationTrainer):
                     "equation": objective.equation,
                     "settings": {**objective.settings(), **{name: getattr(self.args, name) for name in names}},
                     "rounds": stages,
+                    "teacher": f"the encoder of round {self.round - 1}" if self.round else "",
                     "versions": self.card_facts.versions or installed_versions(),
                     **facts,
                 },
@@ -301,6 +322,15 @@ class SelfDistillationTrainer(DistillationTrainer):
 
 def installed_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("hfkd", "transformers", "torch", "accelerate", "datasets")}
+
+
+def rows_hash(dataset: Any) -> str:
+    """sha256 over the token ids in row order. `datasets`' own fingerprint hashes file times, so it changes by itself."""
+    digest = hashlib.sha256()
+    rows = dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset)
+    for ids in rows:
+        digest.update(np.asarray([len(ids), *ids], dtype=np.int64).data)
+    return digest.hexdigest()
 
 
 def saved_weights(directory: Path) -> dict[str, Tensor]:
