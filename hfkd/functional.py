@@ -68,6 +68,10 @@ def weight_distance(weights: Mapping[str, Tensor], start: Mapping[str, Tensor]) 
     if weights.keys() != start.keys():
         odd = sorted(weights.keys() ^ start.keys())
         raise KeyError(f"the two sets of weights name different tensors: {odd[:6]} (in all {len(odd)})")
+    unlike = [name for name in weights if weights[name].shape != start[name].shape]
+    if unlike:
+        name = unlike[0]
+        raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, at the start {tuple(start[name].shape)}")
     total = sum(
         (tensor.double() - start[name].double()).square().sum().item()
         for name, tensor in weights.items()

@@ -168,7 +168,9 @@ def _check_gradients(objective: Objective, case_of: Callable[..., Case]) -> None
     total = torch.stack([values.sum() for values in _score(objective, case).values()]).sum()
     assert total.requires_grad, "no gradient reaches the student"
     total.backward()
-    assert any(tensor.grad is not None for tensor in _tensors(case.student)), "no gradient reaches the student"
+    gradients = [tensor.grad for tensor in _tensors(case.student) if tensor.grad is not None]
+    assert gradients, "no gradient reaches the student"
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients), "a gradient is not finite"
     assert all(tensor.grad is None for tensor in _tensors(case.teacher)), "a gradient reaches the teacher: detach it"
 
 
@@ -191,7 +193,8 @@ def _check_zero_at_teacher(objective: Objective, case: Case, name: str) -> None:
 
 def _tensors(output: Any) -> list[Tensor]:
     values = output.values() if isinstance(output, dict) else [getattr(output, entry.name) for entry in fields(output)]
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
+    return [value for value in flat if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def check_teacher(teacher: Teacher, batch: Batch) -> None:

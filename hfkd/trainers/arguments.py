@@ -97,8 +97,10 @@ def parse_arguments(
     for path in filter(None, (defaults, known.config)):
         values = _read_yaml(Path(path), fields)
         for action in parser._actions:
-            if action.nargs in ("+", "*") and isinstance(values.get(action.dest), str):
-                values[action.dest] = [values[action.dest]]  # `baseline: mars` is a list of one
+            if action.nargs in ("+", "*") and values.get(action.dest) is not None:
+                given = values[action.dest]  # argparse types no list defaults; `baseline: mars` is a list of one
+                kind: Any = action.type or str
+                values[action.dest] = [kind(item) for item in (given if isinstance(given, list) else [given])]
         parser.set_defaults(**values)
         for action in parser._actions:  # a value in a file counts as given
             action.required = action.required and action.dest not in values

@@ -27,10 +27,10 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names and bytes, in the order of the names."""
+    """sha256 over names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(name.encode())
+        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
         digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -73,7 +73,7 @@ def last_whole_checkpoint(directory: Path) -> Path | None:
     numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for checkpoint in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         hashes = read_json(checkpoint / MANIFEST)
-        if hashes is None:
+        if not isinstance(hashes, dict):
             logger.warning(f"{checkpoint} was not finished ({MANIFEST} is missing); falling back to the one before it")
             continue
         odd = odd_files(checkpoint, hashes)
