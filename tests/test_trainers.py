@@ -43,6 +43,9 @@ def test_refusals_of_the_distillation_trainer(tmp_path, monkeypatch):
         classifier_trainer(tmp_path, {}, compute_loss_func=lambda *a, **k: 0)
     with pytest.raises(ValueError, match="needs a teacher"):
         classifier_trainer(tmp_path, {}, objective=SelfDistill())
+    model = transformers.RobertaForSequenceClassification(tiny_roberta_config())
+    with pytest.raises(ValueError, match="one module"):
+        DistillationTrainer(model, rounds_trainer(tmp_path, {}).args, teacher=model, objective=SelfDistill())
     with pytest.raises(ValueError, match="label_smoothing"):
         classifier_trainer(tmp_path, {"label_smoothing_factor": 0.1}, objective=MaskedLM())
     with pytest.raises(ValueError, match="training_args.bin"):
@@ -184,6 +187,8 @@ def test_refusals_of_the_rounds(tmp_path):
     for setting in ("load_best_model_at_end", "save_only_model"):
         with pytest.raises(ValueError, match="their last step"):
             rounds_trainer(tmp_path, {setting: True, "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2})
+    with pytest.raises(ValueError, match="dispatch_batches"):
+        rounds_trainer(tmp_path, {"accelerator_config": {"dispatch_batches": True}})
     with pytest.raises(ValueError, match="global generator"):
         rounds_trainer(tmp_path, {}, data_collator=transformers.DataCollatorForLanguageModeling(tiny_tokenizer()))
     with pytest.raises(ValueError, match="SelfDistillationArguments"):

@@ -155,6 +155,10 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"{type(objective).__name__} needs a teacher: pass teacher=... (a model, a folder or a Hub id)"
             )
+        if teacher is not None and teacher is self.model:
+            raise ValueError(
+                "teacher and student are one module, and the teacher's weights are frozen: pass a copy.deepcopy"
+            )
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = ModelTeacher(teacher)
         config = getattr(self.model, "config", None)

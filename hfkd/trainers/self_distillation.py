@@ -112,6 +112,10 @@ class SelfDistillationTrainer(DistillationTrainer):
             preprocess_logits_for_metrics,
             objective=MaskedLM(),
         )
+        if self.accelerator.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches cuts a collated batch by rows, but masked positions count over the whole batch"
+            )
         missing = {"masked_positions", "clean_input_ids"} - self._forward_names()
         if missing:
             raise ValueError(
