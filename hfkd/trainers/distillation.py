@@ -122,6 +122,7 @@ class DistillationTrainer(Trainer):
             )
         self._set_keyed_collator()
         self._term_sums: Terms = {}
+        self._eval_sums: Terms = {}
         self._set_objective(objective or CrossEntropy(self.args.label_smoothing_factor), teacher)
 
     # ---- set-up ----
@@ -301,7 +302,7 @@ class DistillationTrainer(Trainer):
 
         On several processes the rows that even out the last batch count twice.
         """
-        self._eval_sums: Terms = {}
+        self._eval_sums = {}
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         metrics = output.metrics or {}
         name = next((name for name in metrics if name.endswith("_loss")), None)

@@ -178,11 +178,9 @@ class SelfDistillationTrainer(DistillationTrainer):
         self.accelerator.wait_for_everyone()
 
     def _record_of_run(self, start: Any) -> dict[str, Any]:
-        settings = {name: getattr(self.args, name) for name in RECORDED}
-        settings = {name: getattr(value, "value", value) for name, value in settings.items()}  # enums by their value
         objective = f"{type(self.round_objective).__name__}({self.round_objective.settings()})"
         return {
-            **settings,
+            **self._settings(RECORDED),
             "objective": objective,
             "mlm_probability": getattr(self.data_collator, "mlm_probability", None),
             "max_length": getattr(self.data_collator, "max_length", None),
@@ -190,6 +188,10 @@ class SelfDistillationTrainer(DistillationTrainer):
             "rows_per_step": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "start": weights_hash(start.state_dict()),
         }
+
+    def _settings(self, names: tuple[str, ...]) -> dict[str, Any]:
+        values = {name: getattr(self.args, name) for name in names}
+        return {name: getattr(value, "value", value) for name, value in values.items()}  # enums by their value
 
     def _finished_output(self, round: int) -> TrainOutput | None:
         """What a finished round reported, with its weights loaded; None when it is not done or its weights are damaged."""
@@ -295,7 +297,6 @@ class SelfDistillationTrainer(DistillationTrainer):
         """Render README.md beside the weights in `directory`; `facts` override those of `card_facts`."""
         rounds = self.finished_rounds() if rounds is None else rounds
         objective = self.round_objective if self.round else MaskedLM()
-        names = ("num_rounds", *RECORDED)
         stages = [
             {
                 "name": f"round {done['round']}",
@@ -313,7 +314,7 @@ class SelfDistillationTrainer(DistillationTrainer):
                     "start": self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
                     "objective": type(objective).__name__,
                     "equation": objective.equation,
-                    "settings": {**objective.settings(), **{name: getattr(self.args, name) for name in names}},
+                    "settings": {**objective.settings(), **self._settings(("num_rounds", *RECORDED))},
                     "rounds": stages,
                     "teacher": f"the encoder of round {self.round - 1}" if self.round else "",
                     "versions": self.card_facts.versions or installed_versions(),
