@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -219,16 +221,15 @@ class DistillationTrainer(Trainer):
         input is shown only where the objective reads it, because it costs a second pass."""
         kept_outside = {"label", "label_ids", "example_id", *self.label_names}
         kept_outside |= OPTIONAL_VIEWS - set(self.objective.columns if training else self.objective.task_columns)
-        names = self._forward_names() - kept_outside
+        names = self._forward_names - kept_outside
         view: dict[str, Any] = {name: value for name, value in inputs.items() if name in names}
         for name in ("hidden_states", "attentions"):
             if training and name in self.objective.needs:
                 view[f"output_{name}"] = True
         return view
 
+    @cached_property
     def _forward_names(self) -> set[str]:
-        import inspect
-
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         return set(inspect.signature(model.forward).parameters)

@@ -74,28 +74,10 @@ class SelfDistillationTrainer(DistillationTrainer):
         objective: Objective | None = None,
         peft_config: Any = None,
     ):
-        if not isinstance(args, SelfDistillationArguments):
-            raise ValueError(f"args must be SelfDistillationArguments(output_dir=...), got {type(args).__name__}")
-        if teacher is not None or peft_config is not None:
-            raise ValueError(
-                "the teacher of a round is the encoder of the round before it: leave teacher and peft_config out"
-            )
-        if optimizers != (None, None):
-            raise ValueError(
-                "every round starts with a new optimizer: pass optimizer_cls_and_kwargs instead of optimizers"
-            )
+        refuse_wrong_arguments(args, data_collator, train_dataset, processing_class, optimizers, teacher, peft_config)
         if model is not None and model_init is None:
             start = copy.deepcopy(model)
             model, model_init = None, lambda: copy.deepcopy(start)
-        if processing_class is None and data_collator is None:
-            raise ValueError("masking needs the tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...)")
-        if data_collator is not None and not isinstance(data_collator, KeyedCollator):
-            raise ValueError(
-                f"{type(data_collator).__name__} draws its masks from the global generator and does not say where they are: "
-                "leave data_collator out, or pass hfkd.MaskedLMCollator"
-            )
-        if not hasattr(train_dataset, "__len__") or not len(train_dataset):
-            raise ValueError(f"rounds need a train_dataset with rows and a length, got {type(train_dataset).__name__}")
         super().__init__(
             model,
             args,
@@ -116,7 +98,7 @@ class SelfDistillationTrainer(DistillationTrainer):
             raise ValueError(
                 "dispatch_batches cuts a collated batch by rows, but masked positions count over the whole batch"
             )
-        missing = {"masked_positions", "clean_input_ids"} - self._forward_names()
+        missing = {"masked_positions", "clean_input_ids"} - self._forward_names
         if missing:
             raise ValueError(
                 f"{type(self.model).__name__}.forward does not take {sorted(missing)}: load the start weights with "
@@ -327,6 +309,35 @@ class SelfDistillationTrainer(DistillationTrainer):
 
 def installed_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("hfkd", "transformers", "torch", "accelerate", "datasets")}
+
+
+def refuse_wrong_arguments(
+    args: Any,
+    data_collator: Any,
+    train_dataset: Any,
+    processing_class: Any,
+    optimizers: tuple[Any, Any],
+    teacher: Any,
+    peft_config: Any,
+) -> None:
+    """Say what is wrong before any model is loaded."""
+    if not isinstance(args, SelfDistillationArguments):
+        raise ValueError(f"args must be SelfDistillationArguments(output_dir=...), got {type(args).__name__}")
+    if teacher is not None or peft_config is not None:
+        raise ValueError(
+            "the teacher of a round is the encoder of the round before it: leave teacher and peft_config out"
+        )
+    if optimizers != (None, None):
+        raise ValueError("every round starts with a new optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
+    if processing_class is None and data_collator is None:
+        raise ValueError("masking needs the tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...)")
+    if data_collator is not None and not isinstance(data_collator, KeyedCollator):
+        raise ValueError(
+            f"{type(data_collator).__name__} draws its masks from the global generator and does not say where they are: "
+            "leave data_collator out, or pass hfkd.MaskedLMCollator"
+        )
+    if not hasattr(train_dataset, "__len__") or not len(train_dataset):
+        raise ValueError(f"rounds need a train_dataset with rows and a length, got {type(train_dataset).__name__}")
 
 
 def rows_hash(dataset: Any) -> str:
