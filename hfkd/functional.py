@@ -6,6 +6,7 @@ how many units the whole optimizer step has over micro-batches and processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -43,6 +44,98 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     teacher = F.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def generalized_jsd(
+    student_logits: Tensor, teacher_logits: Tensor, interpolation: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """b KL(t || m) + (1 - b) KL(s || m) with m = b t + (1 - b) s and b = interpolation, without a factor temperature^2.
+
+    b = 0 is KL(t || s) and b = 1 is KL(s || t): cases of their own, because the formula itself vanishes at both ends.
+    Both (..., num_labels). Returns (...). The mixture is taken of log-probabilities, so that nothing underflows to log(0).
+    """
+    if interpolation == 0:
+        return kl_divergence(student_logits, teacher_logits, temperature)
+    if interpolation == 1:
+        return kl_divergence(teacher_logits, student_logits, temperature)
+    student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
+    mixture = torch.logaddexp(teacher + math.log(interpolation), student + math.log1p(-interpolation))
+    of_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True).sum(-1)
+    of_student = F.kl_div(mixture, student, reduction="none", log_target=True).sum(-1)
+    return interpolation * of_teacher + (1 - interpolation) * of_student
+
+
+def decoupled_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) in two parts, target class against the rest, and among the rest (Zhao et al. 2022, eq. 5).
+
+    KL = first + (1 - p_teacher(label)) * second. Logits (..., num_labels), labels (...), each a class id. Returns (...)
+    twice. With two classes the second part is 0: nothing is left to compare among the rest.
+    """
+    is_target = F.one_hot(labels, student_logits.shape[-1]).bool()
+    student, student_rest = _target_and_rest(at_least_float32(student_logits) / temperature, is_target)
+    teacher, teacher_rest = _target_and_rest(at_least_float32(teacher_logits) / temperature, is_target)
+    target = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    non_target = F.kl_div(student_rest, teacher_rest, reduction="none", log_target=True).sum(-1)
+    return target, non_target
+
+
+def _target_and_rest(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """log [p(label), 1 - p(label)] and the log-probabilities among the other classes (0 at the label: it adds nothing)."""
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    target = log_probabilities.masked_fill(~is_target, 0.0).sum(-1)
+    rest = log_probabilities.masked_fill(is_target, -math.inf)
+    log_rest = torch.logsumexp(rest, dim=-1)
+    among_rest = F.log_softmax(logits.masked_fill(is_target, -math.inf), dim=-1).masked_fill(is_target, 0.0)
+    return torch.stack([target, log_rest], dim=-1), among_rest
+
+
+def correlation(x: Tensor, y: Tensor, dim: int = -1, weights: Tensor | None = None, eps: float = 1e-4) -> Tensor:
+    """Pearson's correlation along `dim`; weights: 0 or 1, of x's shape or broadcast to it. Returns x's shape without `dim`.
+
+    A centred norm below `eps` counts as `eps`: where nothing varies the correlation is 0, and its gradient stays finite.
+    """
+    weights = torch.ones_like(x) if weights is None else weights.to(x.dtype).expand_as(x)
+    total = weights.sum(dim, keepdim=True).clamp(min=1)
+    x = (x - (x * weights).sum(dim, keepdim=True) / total) * weights
+    y = (y - (y * weights).sum(dim, keepdim=True) / total) * weights
+    return (F.normalize(x, dim=dim, eps=eps) * F.normalize(y, dim=dim, eps=eps)).sum(dim)
+
+
+def task_loss(
+    logits: Tensor, labels: Tensor, problem_type: str = "single_label_classification", label_smoothing: float = 0.0
+) -> Tensor:
+    """What a labelled unit costs without a teacher, as the heads of transformers define it, but one value per unit.
+
+    single_label_classification: cross-entropy; logits (..., num_labels), labels (...) class ids, -100 costs 0.
+    multi_label_classification: binary cross-entropy, averaged over labels; logits and labels (batch, num_labels).
+    regression: squared error, averaged over outputs; logits (batch, outputs), labels (batch,) or (batch, outputs).
+    """
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits, labels, label_smoothing)
+    logits = at_least_float32(logits)
+    labels = labels.to(logits.dtype).reshape(logits.shape)
+    if problem_type == "regression":
+        return (logits - labels).square().mean(-1)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
+
+
+def two_class_logits(logits: Tensor) -> Tensor:
+    """Each label of a multi-label head as a problem of two classes: (..., num_labels) -> (..., num_labels, 2).
+
+    softmax([z, 0] / temperature)_0 = sigmoid(z / temperature), so that whatever compares distributions over classes
+    compares independent labels as well.
+    """
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+
+
+def labelled_units(labels: Tensor, problem_type: str = "single_label_classification") -> Tensor:
+    """Which units carry a label: (batch,) or, for token heads, (batch, tokens); booleans."""
+    if problem_type == "single_label_classification":
+        return labels != IGNORED
+    return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
 
 def squared_distance(student_features: Tensor, teacher_features: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class TeacherOutput:
     labels: (batch,) pseudo-labels, for teachers that vote or sample.
     hidden_states, attentions: one tensor per layer, as transformers returns them.
     features: (batch, tokens, hidden), the encoder's last hidden state after its final normalisation.
+    qkv: one (query, key, value) triple per layer, each (batch, tokens, width), before it is split into heads.
     """
 
     logits: Tensor | None = None
@@ -29,6 +30,7 @@ class TeacherOutput:
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     features: Tensor | None = None
+    qkv: tuple[tuple[Tensor, Tensor, Tensor], ...] | None = None
 
 
 @dataclass(frozen=True)

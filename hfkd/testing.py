@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,19 +19,22 @@ from transformers.utils import ModelOutput
 
 from hfkd.models.two_view import TwoViewOutput
 from hfkd.objectives.objective import Objective
-from hfkd.outputs import Batch, Progress, TeacherOutput, Terms
+from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput, Terms
 from hfkd.teachers import Teacher
 
 
 @dataclass
 class Case:
     """One batch as an objective sees it. `unit_rows` tells for a term which row each unit belongs to, -1 for padding;
-    a term that is not named has one unit per row, in order."""
+    a term that is not named has one unit per row, in order. The other three are what `Objective.build` is given."""
 
-    student: ModelOutput
+    student: StudentOutput
     teacher: TeacherOutput
     batch: dict[str, Tensor]
     unit_rows: dict[str, Tensor] = field(default_factory=dict)
+    problem_type: str | None = None
+    student_config: Any = None
+    teacher_config: Any = None
 
 
 CaseOf = Callable[[Tensor], Case]  # from the rows to keep, out of `case.rows` rows
@@ -45,6 +49,100 @@ def classification_case(
     teacher = torch.randn(8, num_labels, generator=generator, dtype=dtype) * scale
     labels = torch.randint(num_labels, (8,), generator=generator)
     return Case(ModelOutput(logits=student[rows]), TeacherOutput(logits=teacher[rows]), {"labels": labels[rows]})
+
+
+def multi_label_case(rows: Tensor, **settings: Any) -> Case:
+    """Eight examples with logits (rows, num_labels) and labels of 0 and 1 of the same shape, as floats."""
+    case = classification_case(rows, **settings)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, (8, case.student.logits.shape[-1]), generator=generator).float()
+    return replace(case, batch={"labels": labels[rows]}, problem_type="multi_label_classification")
+
+
+def regression_case(rows: Tensor, *, outputs: int = 1, **settings: Any) -> Case:
+    """Eight examples with logits (rows, outputs) and labels (rows,) of floats, or (rows, outputs) for several outputs."""
+    case = classification_case(rows, num_labels=outputs, **settings)
+    labels = torch.randn((8,) if outputs == 1 else (8, outputs), generator=torch.Generator().manual_seed(1))
+    return replace(case, batch={"labels": labels[rows]}, problem_type="regression")
+
+
+def token_case(
+    rows: Tensor, *, num_labels: int = 5, tokens: int = 6, scale: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Case:
+    """Eight rows of tokens: logits (rows, tokens, num_labels) and labels (rows, tokens), -100 where there is no unit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 8, tokens, num_labels, generator=generator, dtype=dtype) * scale
+    labels = torch.randint(num_labels, (8, tokens), generator=generator)
+    labels[torch.rand(8, tokens, generator=generator) < 0.4] = -100
+    labels[3] = -100  # a row without a unit
+    units = torch.where(labels[rows] == -100, -1, rows[:, None])
+    return Case(
+        ModelOutput(logits=logits[0][rows]),
+        TeacherOutput(logits=logits[1][rows]),
+        {"labels": labels[rows]},
+        {"task_loss:tokens": units, "distill_loss:tokens": units},
+    )
+
+
+def hidden_case(
+    rows: Tensor,
+    *,
+    width: int = 8,
+    teacher_width: int = 8,
+    layers: int = 2,
+    teacher_layers: int = 2,
+    heads: int = 2,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    """Eight rows of ragged length with logits, labels, attention_mask and, of both models, the hidden states (embeddings
+    and one per layer), attention maps and queries, keys and values."""
+    tokens, lengths = 7, torch.tensor([7, 3, 5, 7, 4, 6, 1, 7])
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    head = classification_case(rows, scale=scale, dtype=dtype)
+    answers: list[dict[str, Any]] = []
+    configs = []
+    for seed, size, depth in ((0, width, layers), (1, teacher_width, teacher_layers)):
+        draw = _Inside(torch.Generator().manual_seed(seed), mask, rows, scale, dtype)
+        answers.append(
+            {
+                "hidden_states": tuple(draw.states(size) for _ in range(depth + 1)),
+                "attentions": tuple(draw.maps(heads) for _ in range(depth)),
+                "qkv": tuple((draw.states(size), draw.states(size), draw.states(size)) for _ in range(depth)),
+            }
+        )
+        configs.append(
+            SimpleNamespace(num_hidden_layers=depth, hidden_size=size, num_attention_heads=heads, num_labels=5)
+        )
+    return replace(
+        head,
+        student=ModelOutput(logits=head.student.logits, **answers[0]),
+        teacher=TeacherOutput(logits=head.teacher.logits, **answers[1]),
+        batch={**head.batch, "attention_mask": mask[rows]},
+        student_config=configs[0],
+        teacher_config=configs[1],
+    )
+
+
+@dataclass
+class _Inside:
+    """Draws the inside of a model for all eight rows and keeps some of them."""
+
+    generator: torch.Generator
+    mask: Tensor
+    rows: Tensor
+    scale: float
+    dtype: torch.dtype
+
+    def states(self, width: int) -> Tensor:
+        return self._draw(width)[self.rows]
+
+    def maps(self, heads: int) -> Tensor:
+        scores = self._draw(heads, self.mask.shape[1]).transpose(1, 2)
+        return scores.masked_fill(self.mask[:, None, None] == 0, -torch.inf).softmax(-1)[self.rows]
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(*self.mask.shape, *shape, generator=self.generator, dtype=self.dtype) * self.scale
 
 
 def two_view_case(rows: Tensor, *, width: int = 6, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Case:
@@ -87,13 +185,15 @@ def check_objective(
 ) -> None:
     """Raise AssertionError, with a sentence, where an objective breaks the contract.
 
-    case_of(rows, scale=, dtype=): builds the batch with only these of its eight rows.
+    case_of(rows, scale=, dtype=): builds the batch with only these of its eight rows. `build` is called with what the
+    case says of the two models; what the objective trains (`attached`) runs on the student's output as in a trainer.
     zero_at_teacher=False: for methods in which a student equal to its teacher still has something to learn.
     """
     everything = torch.arange(8)
     _check_hyper_parameters(objective)
-    terms = _score(objective, case_of(everything))
     case = case_of(everything)
+    objective.build(case.student_config, case.teacher_config, case.problem_type)
+    terms = _score(objective, case)
     assert terms, "forward returned no terms"
     counts = objective.count(case.batch)
     for name, values in terms.items():
@@ -112,13 +212,17 @@ def check_objective(
     _check_halves(objective, case_of, terms)
     _check_gradients(objective, case_of)
     _check_extremes(objective, case_of)
-    if zero_at_teacher and "teacher" in objective.needs:
+    # A student that needs a projection cannot equal its teacher
+    if zero_at_teacher and "teacher" in objective.needs and objective.attached is None:
         _check_zero_at_teacher(objective, case, expected_zero)
 
 
 def _score(objective: Objective, case: Case) -> Terms:
     teacher = case.teacher if "teacher" in objective.needs else None
-    return objective(case.student, teacher, case.batch, Progress(step=1, max_steps=10))
+    student = case.student
+    if objective.attached is not None:
+        student = copy.deepcopy(objective.attached).to(student.logits.dtype)(copy.copy(student))
+    return objective(student, teacher, case.batch, Progress(step=1, max_steps=10))
 
 
 def _unit_rows(case: Case, name: str, values: Tensor, rows: Tensor) -> Tensor:
@@ -136,7 +240,8 @@ def _check_hyper_parameters(objective: Objective) -> None:
 def _check_columns(objective: Objective, case: Case, terms: Terms) -> None:
     """The trainer keeps the declared columns only."""
     try:
-        declared = _score(objective, replace(case, batch={name: case.batch[name] for name in objective.columns}))
+        columns = {name: case.batch[name] for name in objective.columns if name in case.batch}
+        declared = _score(objective, replace(case, batch=columns))
     except KeyError as error:
         raise AssertionError(f"forward reads {error}, but columns is {objective.columns}") from error
     same = all(name in declared and torch.equal(terms[name], declared[name]) for name in terms)
@@ -183,7 +288,7 @@ def _check_extremes(objective: Objective, case_of: Callable[..., Case]) -> None:
 
 def _check_zero_at_teacher(objective: Objective, case: Case, name: str) -> None:
     student = copy.copy(case.student)
-    for entry in ("logits", "features", "hidden_states", "attentions"):
+    for entry in ("logits", "features", "hidden_states", "attentions", "qkv"):
         answer = getattr(case.teacher, entry)
         if answer is not None and entry in student:
             student[entry] = answer
@@ -193,8 +298,11 @@ def _check_zero_at_teacher(objective: Objective, case: Case, name: str) -> None:
 
 def _tensors(output: Any) -> list[Tensor]:
     values = output.values() if isinstance(output, dict) else [getattr(output, entry.name) for entry in fields(output)]
-    flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
-    return [value for value in flat if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value for value in _flat(values) if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    return [part for value in values for part in (_flat(value) if isinstance(value, tuple | list) else [value])]
 
 
 def check_teacher(teacher: Teacher, batch: Batch) -> None:

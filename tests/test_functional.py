@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfkd.functional import cross_entropy, kl_divergence, masked_mean, squared_distance, weight_distance
+from hfkd.functional import (
+    cross_entropy,
+    generalized_jsd,
+    kl_divergence,
+    labelled_units,
+    masked_mean,
+    squared_distance,
+    task_loss,
+    two_class_logits,
+    weight_distance,
+)
 
 
 def log_softmax_by_loops(row: list[float]) -> list[float]:
@@ -160,6 +170,74 @@ def test_squared_distance_gradient_is_twice_the_difference():
     teacher = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
     squared_distance(student, teacher).sum().backward()
     torch.testing.assert_close(student.grad, 2 * (student.detach() - teacher), rtol=0, atol=1e-12)
+
+
+# ---- task_loss ----
+
+
+@given(logit_pairs())
+def test_task_loss_of_single_labels_is_cross_entropy(pair):
+    """One task term for all objectives: a second definition would make their baselines differ."""
+    logits = torch.tensor(pair[0], dtype=torch.float64)
+    labels = torch.arange(len(logits)) % logits.shape[-1]
+    assert torch.equal(task_loss(logits, labels, label_smoothing=0.1), cross_entropy(logits, labels, 0.1))
+
+
+@given(logit_pairs())
+def test_task_loss_of_multi_label_heads_equals_loops(pair):
+    """A sum over labels, or labels as class ids, is a silently wrong loss for multi-label heads."""
+    logits, labels = torch.tensor(pair[0], dtype=torch.float64), (torch.tensor(pair[1]) > 0).int()
+    found = task_loss(logits, labels, "multi_label_classification")
+    for value, row, wanted in zip(found.tolist(), pair[0], labels.tolist(), strict=True):
+        losses = [math.log1p(math.exp(-z)) if y else math.log1p(math.exp(z)) for z, y in zip(row, wanted, strict=True)]
+        assert value == pytest.approx(sum(losses) / len(row), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_task_loss_of_regression_is_the_squared_error(outputs):
+    """(batch, 1) minus (batch,) broadcasts to (batch, batch): every example is compared with every label."""
+    logits = torch.arange(4.0 * outputs).reshape(4, outputs)
+    labels = torch.ones(4) if outputs == 1 else torch.ones(4, 3)
+    found = task_loss(logits, labels, "regression")
+    expected = [sum((z - 1) ** 2 for z in row) / outputs for row in logits.tolist()]
+    assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_task_loss_is_computed_in_float32(problem_type):
+    """In bfloat16 a mean over labels keeps two digits."""
+    labels = torch.tensor([0, 1]) if problem_type[:6] == "single" else torch.ones(2, 4)
+    values = task_loss(torch.randn(2, 4).bfloat16(), labels, problem_type)
+    assert values.dtype == torch.float32
+    assert values.shape == (2,)
+
+
+def test_labelled_units_are_tokens_or_examples():
+    """Floats of a multi-label row are not units, and a regression label of -100 is a number."""
+    assert labelled_units(torch.tensor([[1, -100], [0, 2]])).tolist() == [[True, False], [True, True]]
+    assert labelled_units(torch.tensor([-100.0, 2.0]), "regression").tolist() == [True, True]
+    assert labelled_units(torch.zeros(2, 5), "multi_label_classification").tolist() == [True, True]
+
+
+@given(st.floats(-30, 30), st.sampled_from([1.0, 3.0]))
+def test_two_class_logits_are_a_sigmoid(logit, temperature):
+    """[z, -z] instead of [z, 0] would be a sigmoid of 2z: twice as sure as the model."""
+    pair = two_class_logits(torch.tensor([logit], dtype=torch.float64))
+    assert pair.shape == (1, 2)
+    expected = 1 / (1 + math.exp(-logit / temperature))
+    assert (pair / temperature).softmax(-1)[0, 0].item() == pytest.approx(expected, rel=1e-12)
+
+
+# ---- generalized_jsd ----
+
+
+@given(logit_pairs(), st.floats(0.01, 0.99))
+def test_generalized_jsd_swaps_with_its_interpolation(pair, interpolation):
+    """JSD_b(t, s) = JSD_{1-b}(s, t): a weight on the wrong side breaks it for every b but 0.5."""
+    student, teacher = (torch.tensor(rows, dtype=torch.float64) for rows in pair)
+    one = generalized_jsd(student, teacher, interpolation, 2.0)
+    other = generalized_jsd(teacher, student, 1 - interpolation, 2.0)
+    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
 
 
 # ---- masked_mean ----

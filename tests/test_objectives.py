@@ -2,24 +2,87 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from hfkd.functional import cross_entropy, squared_distance
-from hfkd.objectives import OBJECTIVES, CrossEntropy, MaskedLM, Objective, SelfDistill
+from hfkd.objectives import KD, OBJECTIVES, CrossEntropy, HiddenStates, MaskedLM, Objective, SelfDistill
 from hfkd.outputs import TeacherOutput
-from hfkd.testing import check_objective, two_view_case
+from hfkd.testing import (
+    check_objective,
+    classification_case,
+    hidden_case,
+    multi_label_case,
+    regression_case,
+    token_case,
+    two_view_case,
+)
+
+CASE_OF = {
+    **dict.fromkeys(("masked_lm", "self_distill"), two_view_case),
+    **dict.fromkeys(("hidden_states", "attention_maps", "minilm_relations", "relational_kd"), hidden_case),
+}
+HEADS = {
+    "single_label_classification": classification_case,
+    "multi_label_classification": multi_label_case,
+    "regression": regression_case,
+}
 
 # ---- ours keep the contract ----
 
 
-def test_every_objective_of_the_command_line_keeps_the_contract():
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_of_the_command_line_keeps_the_contract(name):
     """An objective that the command line offers but nobody checks trains a wrong student without a word."""
-    for name, kind in OBJECTIVES.items():
-        check_objective(kind(), **({} if name == "cross_entropy" else {"case_of": two_view_case}))
+    check_objective(OBJECTIVES[name](), CASE_OF.get(name, classification_case))
+
+
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"masked_lm", "self_distill"}))
+def test_every_objective_scores_the_heads_it_names_and_refuses_the_others(name):
+    """A head outside of what a loss is defined for would train on numbers that mean nothing."""
+    for problem_type, head in HEADS.items():
+        case_of = functools.partial(inside_case, head) if name in CASE_OF else head
+        if problem_type in OBJECTIVES[name].problem_types:
+            check_objective(OBJECTIVES[name](), case_of)
+        else:
+            with pytest.raises(ValueError, match=problem_type):
+                OBJECTIVES[name]().build(None, None, problem_type)
+
+
+def inside_case(head, rows, **settings):
+    """The inside of a model under another head."""
+    inside, outside = hidden_case(rows, **settings), head(rows, **settings)
+    inside.student["logits"] = outside.student.logits
+    configs = {"student_config": inside.student_config, "teacher_config": inside.teacher_config}
+    teacher = replace(inside.teacher, logits=outside.teacher.logits)
+    batch = {**inside.batch, **outside.batch}
+    return replace(outside, student=inside.student, teacher=teacher, batch=batch, **configs)
+
+
+TOKEN_HEADS = ["cross_entropy", "kd", "dkd", "dist", "logit_mse", "generalized_jsd"]
+
+
+@pytest.mark.parametrize("name", TOKEN_HEADS)
+def test_logit_objectives_score_labelled_tokens(name):
+    """A value on unlabelled tokens, or a mean within a row, weights words by how long their sentence is."""
+    check_objective(OBJECTIVES[name](), token_case)
+
+
+@pytest.mark.parametrize("name", sorted(set(CASE_OF) - {"masked_lm", "self_distill"}))
+def test_feature_objectives_have_one_value_an_example_under_token_heads(name):
+    """Divided by the number of labelled tokens, a value per example would shrink with the length of the texts."""
+    check_objective(OBJECTIVES[name](), functools.partial(inside_token_case))
+
+
+def inside_token_case(rows, **settings):
+    case = inside_case(functools.partial(token_case, tokens=7), rows, **settings)
+    return replace(case, unit_rows={"task_loss:tokens": case.unit_rows["task_loss:tokens"]})
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -207,6 +270,48 @@ def test_loss_on_padding_is_rejected():
         check_objective(Padded("tokens", pretrain_loss=False), two_view_case)
 
 
+class TrainsTheTeachersQueries(Sound):
+    needs = frozenset({"teacher", "qkv"})
+
+    def forward(self, student, teacher, batch, progress=None):
+        return {"distill_loss": squared_distance(student.qkv[1][0].mean(1), teacher.qkv[1][0].mean(1))}
+
+
+def test_a_gradient_into_nested_tuples_of_the_teacher_is_found():
+    """Queries and keys lie two tuples deep: unseen there, an objective could train its teacher."""
+    with pytest.raises(AssertionError, match="a gradient reaches the teacher"):
+        check_objective(TrainsTheTeachersQueries(), hidden_case)
+
+
+class CountsLabels(KD):
+    def count(self, batch):
+        return dict.fromkeys(("task_loss", "distill_loss"), (batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("case_of", [multi_label_case, functools.partial(regression_case, outputs=3)])
+def test_counting_labels_instead_of_examples_is_rejected(case_of):
+    """A multi-label loss divided by examples times labels is num_labels times too small."""
+    with pytest.raises(AssertionError, match="count.. says"):
+        check_objective(CountsLabels(), case_of)
+
+
+def test_what_an_objective_trains_runs_on_the_students_output():
+    """Without it no objective with a projection could ever be checked."""
+    objective = HiddenStates()
+    check_objective(objective, functools.partial(hidden_case, teacher_width=12))
+    assert objective.attached is not None
+
+
+def test_cases_with_fewer_rows_are_rows_of_the_whole_case():
+    """A case that redraws its rows would reject every sound objective, or accept a coupled one."""
+    half = torch.tensor([1, 4])
+    for case_of in (classification_case, multi_label_case, regression_case, token_case, hidden_case):
+        whole, part = case_of(torch.arange(8)), case_of(half)
+        assert torch.equal(whole.student.logits[half], part.student.logits)
+        assert torch.equal(whole.teacher.logits[half], part.teacher.logits)
+        assert all(torch.equal(whole.batch[name][half], part.batch[name]) for name in whole.batch)
+
+
 # ---- SelfDistill by hand ----
 
 
@@ -303,11 +408,33 @@ def test_label_smoothing_outside_its_range_is_refused(smoothing):
         CrossEntropy(smoothing)
 
 
-@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
-def test_cross_entropy_refuses_other_problems(problem_type):
-    """A regression head scored as one class trains to a constant without an error."""
-    with pytest.raises(ValueError, match=problem_type):
-        CrossEntropy().build(None, None, problem_type)
+@pytest.mark.parametrize("case_of", [*HEADS.values(), functools.partial(regression_case, outputs=3)])
+def test_cross_entropy_is_the_loss_of_the_heads_of_transformers(case_of):
+    """A silently wrong loss for multi-label and regression heads: no baseline would compare with a plain Trainer's."""
+    case = case_of(torch.arange(8), dtype=torch.float32)
+    outputs = case.student.logits.shape[-1]
+    objective = CrossEntropy()
+    objective.build(SimpleNamespace(num_labels=outputs), None, case.problem_type)
+    found = loss_of(objective, case.student, None, case.batch)["task_loss"]
+    config = SimpleNamespace(num_labels=outputs, problem_type=case.problem_type or "single_label_classification")
+    expected = ForSequenceClassificationLoss(case.batch["labels"], case.student.logits, config)
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_an_unknown_problem_type_is_refused():
+    """A misspelt problem_type would be scored as single-label."""
+    with pytest.raises(ValueError, match=r"'multi_label'.*problem_type"):
+        CrossEntropy().build(None, None, "multi_label")
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, KD])
+def test_one_class_and_smoothed_numbers_are_refused(kind):
+    """Cross-entropy over one class is always 0: a regression head left as a classifier would learn nothing."""
+    with pytest.raises(ValueError, match=r"1 label.*regression"):
+        kind().build(SimpleNamespace(num_labels=1), None, None)
+    kind().build(SimpleNamespace(num_labels=1), None, "regression")
+    with pytest.raises(ValueError, match=r"label_smoothing=0.1.*regression"):
+        kind(label_smoothing=0.1).build(SimpleNamespace(num_labels=1), None, "regression")
 
 
 def test_settings_are_the_hyper_parameters():
