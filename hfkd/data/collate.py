@@ -1,4 +1,4 @@
-"""Collators with keyed randomness.
+"""Collators: the plain view of distillation, and corrupted views with keyed randomness.
 
 Every random choice about an example is a function of (seed, round, epoch, example_id, view), never of the global
 generator: only then are resumed runs equal to uninterrupted ones, two processes equal to one, and the masks of two
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
+TOKEN_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
 
 
 class KeyedCollator:
@@ -130,3 +131,144 @@ class MaskedLMCollator(KeyedCollator):
     def _static_bound(self, cells: int) -> int:
         p = self.mlm_probability
         return min(cells, int(np.ceil(cells * p + 6 * np.sqrt(cells * p * (1 - p)))))
+
+
+class DistillationCollator:
+    """Pads what student and teacher read and what a cache answers. Deterministic: nothing is drawn.
+
+    features: dicts that all have the same columns, as lists or arrays; they are not changed. Returns tensors
+
+        input_ids, attention_mask, ... (batch, tokens)      padded by the tokenizer, on its side
+        teacher_input_ids, ... (batch, teacher tokens)      padded by the teacher's tokenizer (default: the student's)
+        teacher_positions (batch, tokens)                   indices of teacher's tokens, padded with 0
+        teacher_logits... (batch, num_labels)               float32, from rows of (num_labels,)
+                          (batch, tokens, num_labels)       float32, from rows of (tokens, num_labels), padded with 0
+        teacher_features  (batch, hidden) or (batch, tokens, hidden), likewise
+        labels            (batch,) int64 or float32         from whole numbers, or from fractions (regression)
+                          (batch, num_labels) float32       from lists of floats (several classes a text)
+                          (batch, tokens) int64             from lists of ints, one per token, padded with -100
+        example_id and every other column of one number per row: (batch,) int64, float32 or bool
+
+    `label` is returned as `labels`. With `max_length` every row is padded to it, on both sides; `pad_to_multiple_of`
+    rounds the number of tokens up. Raises ValueError, naming the column, for what cannot become such a tensor.
+    """
+
+    view = "plain"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        teacher_tokenizer: Any = None,
+        pad_to_multiple_of: int | None = None,
+        max_length: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_length = max_length
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = self._tokens(self.tokenizer, features, "")
+        if "teacher_input_ids" in features[0]:
+            batch |= self._tokens(self.teacher_tokenizer, features, "teacher_")
+        width = batch["input_ids"].shape[1]
+        if "label" in features[0] and "labels" in features[0]:
+            raise ValueError(
+                "the rows have a column 'label' and a column 'labels', and both would be labels: remove one"
+            )
+        for name in (name for name in features[0] if name not in batch):
+            rows = _arrays(name, [feature[name] for feature in features])
+            if name == "teacher_positions":
+                rows = self._shifted(rows, features, batch)
+            if _one_per_token(name, rows[0]):
+                rows = self._padded(name, rows, features, width)
+            if len({row.shape for row in rows}) > 1:
+                raise ValueError(f"the column {name!r} has rows of shapes {sorted({row.shape for row in rows})}")
+            batch["labels" if name == "label" else name] = torch.from_numpy(np.stack(rows))
+        return batch
+
+    def _tokens(self, tokenizer: Any, features: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Tensor]:
+        from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+
+        known = dict.fromkeys((*TOKEN_COLUMNS, *tokenizer.model_input_names))
+        names = {name: f"{prefix}{name}" for name in known if f"{prefix}{name}" in features[0]}
+        longest = max(len(feature[f"{prefix}input_ids"]) for feature in features)
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(
+                f"a row has {longest} {prefix}input_ids, more than max_length={self.max_length}: truncate when tokenizing"
+            )
+        padded = pad_without_fast_tokenizer_warning(
+            tokenizer,
+            {name: [_as_list(feature[column]) for feature in features] for name, column in names.items()},
+            padding="longest" if self.max_length is None else "max_length",
+            max_length=self.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_tensors="np",  # tensors from nested lists take twice as long
+        )
+        return {f"{prefix}{name}": torch.from_numpy(values) for name, values in padded.items()}
+
+    def _shifted(
+        self, positions: Sequence[np.ndarray], features: Sequence[Mapping[str, Any]], batch: Mapping[str, Tensor]
+    ) -> list[np.ndarray]:
+        """A teacher's tokenizer that pads on the left moves its tokens to the right."""
+        if self.teacher_tokenizer.padding_side != "left" or "teacher_input_ids" not in batch:
+            return list(positions)
+        width = batch["teacher_input_ids"].shape[1]
+        return [
+            row + width - len(feature["teacher_input_ids"]) for row, feature in zip(positions, features, strict=True)
+        ]
+
+    def _padded(
+        self, name: str, rows: Sequence[np.ndarray], features: Sequence[Mapping[str, Any]], width: int
+    ) -> list[np.ndarray]:
+        """Rows of (tokens, ...) brought to the student's width, on the side its tokenizer pads."""
+        fill = IGNORED if name in ("label", "labels") else 0
+        padded = []
+        for row, feature in zip(rows, features, strict=True):
+            tokens = len(feature["input_ids"])
+            if len(row) != tokens:
+                raise ValueError(
+                    f"a row has {tokens} input_ids and {len(row)} entries in {name!r}, which are one per token"
+                    + (" (lists of 0 and 1, one per class, must be floats)" if fill == IGNORED else "")
+                )
+            full = np.full((width, *row.shape[1:]), fill, dtype=row.dtype)
+            start = width - tokens if self.tokenizer.padding_side == "left" else 0
+            full[start : start + tokens] = row
+            padded.append(full)
+        return padded
+
+
+def _one_per_token(name: str, row: np.ndarray) -> bool:
+    """Whether a row has one entry per token of the student, to be padded. Raises `ValueError` for a row that can neither
+    be padded nor stand in a batch as it is."""
+    per_token = {0: False}
+    if name.startswith("teacher_logits") or name == "teacher_features":
+        per_token = {1: False, 2: True}
+    elif name == "teacher_positions":
+        per_token = {1: True}
+    elif name in ("label", "labels"):
+        per_token = {0: False, 1: row.dtype.kind != "f"}  # floats: one per class
+    if row.ndim not in per_token:
+        raise ValueError(
+            f"the column {name!r} has rows of shape {row.shape}, which this collator cannot put into a batch: remove it "
+            "before training"
+        )
+    return per_token[row.ndim]
+
+
+def _as_list(values: Any) -> list:
+    return values if isinstance(values, list) else values.tolist()
+
+
+def _arrays(name: str, rows: Sequence[Any]) -> list[np.ndarray]:
+    """The rows with one of the types int64, float32 and bool. Raises `ValueError` for text, gaps and ragged rows."""
+    try:
+        arrays = [np.asarray(row) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"the column {name!r} has a row that is no array: {error}") from error
+    kinds = {array.dtype.kind for array in arrays}
+    if not kinds <= set("iufb"):
+        bad = next(row for row, array in zip(rows, arrays, strict=True) if array.dtype.kind not in "iufb")
+        raise ValueError(f"the column {name!r} holds {bad!r}, which is no number: remove the column before training")
+    kind = np.float32 if "f" in kinds or name.startswith("teacher_logits") else np.int64 if kinds != {"b"} else np.bool_
+    return [array.astype(kind, copy=False) for array in arrays]

