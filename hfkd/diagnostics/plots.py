@@ -80,6 +80,23 @@ def stage_gaps(rows: Rows, path: PathLike) -> Figure:
     return _write(figure, path)
 
 
+def objective_scores(rows: Rows, path: PathLike) -> Figure:
+    """Score of every objective (`objective`, `metric`, `scores`), mean ± standard deviation over seeds, each seed drawn
+    over it; a line marks the mean of the first one, which the others are compared with."""
+    _need(rows, "objective and scores")
+    figure, (axes,) = _figure(1, (max(4.2, 1.25 * len(rows) + 1.0), 4.0))
+    groups = [_percent(row["scores"]) for row in rows]
+    _seeds(axes, groups, _PALETTE[0], mean_label="{:.1f}")
+    axes.axhline(mean_and_std(groups[0])[0], color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+    names = [textwrap.fill(str(row["objective"]).replace(",", ", ").replace(":", ": "), 17) for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=9)
+    axes.set_xlabel("objective")
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(f"{_words(str(rows[0]['metric']))} (%)")
+    axes.set_title(f"{_words(str(rows[0]['metric']))} per objective{_seed_note(groups)}")
+    return _write(figure, path)
+
+
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: PathLike) -> Figure:
     """Logged `pretrain_loss` and `distill_loss` of every round (name to its Trainer `log_history`) over steps."""
     titles = {"pretrain_loss": "Pre-training loss per round", "distill_loss": "Distillation loss per round"}

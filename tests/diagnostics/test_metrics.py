@@ -1,16 +1,45 @@
-"""Scores against plain loops, intervals against scipy."""
+"""Scores against plain loops, scikit-learn and torch; intervals against scipy."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+import sklearn.metrics
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from hfkd.diagnostics.metrics import accuracy, f1, mean_and_std, paired_difference, score
+import hfkd.functional
+from hfkd.diagnostics.metrics import (
+    IGNORED,
+    accuracy,
+    agreement,
+    expected_calibration_error,
+    f1,
+    gap_closed,
+    matthews_correlation,
+    mean_and_std,
+    mean_kl_divergence,
+    multilabel_f1,
+    negative_log_likelihood,
+    paired_difference,
+    pearson,
+    score,
+    spearman,
+    token_accuracy,
+    token_f1,
+)
 
 generator = np.random.default_rng(0)
 LABELS = generator.integers(0, 4, 60)
 PREDICTIONS = np.where(generator.random(60) < 0.7, LABELS, generator.integers(0, 6, 60))
+TARGETS = np.round(generator.uniform(0, 5, 60), 1)  # with ties, as in STS-B
+VALUES = np.exp(TARGETS / 2) + generator.normal(0, 1, 60)
+TAGS = generator.integers(0, 2, (40, 5))
+FOUND_TAGS = np.where(generator.random((40, 5)) < 0.7, TAGS, 1 - TAGS)
 
 
 def loop_f1(predictions, labels, average):
@@ -54,16 +83,273 @@ def test_score_dispatches_by_name_and_lists_the_known_names():
     assert score("accuracy", PREDICTIONS, LABELS) == accuracy(PREDICTIONS, LABELS)
     assert score("micro_f1", PREDICTIONS, LABELS) == f1(PREDICTIONS, LABELS, "micro")
     assert score("macro_f1", PREDICTIONS, LABELS) == f1(PREDICTIONS, LABELS, "macro")
-    with pytest.raises(ValueError, match="accuracy, micro_f1, macro_f1"):
-        score("f1", PREDICTIONS, LABELS)
+    assert score("matthews_correlation", PREDICTIONS, LABELS) == matthews_correlation(PREDICTIONS, LABELS)
+    assert score("f1", PREDICTIONS == 1, LABELS == 1) == f1(PREDICTIONS == 1, LABELS == 1, "binary")
+    assert score("pearson", VALUES, TARGETS) == pearson(VALUES, TARGETS)
+    assert score("spearmanr", VALUES, TARGETS) == spearman(VALUES, TARGETS)
+    known = "accuracy, micro_f1, macro_f1, f1, matthews_correlation, pearson, spearmanr"
+    with pytest.raises(ValueError, match=known):
+        score("spearman", VALUES, TARGETS)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((60, 4)), np.zeros(59), np.zeros((60, 1))])
 def test_logits_and_wrong_lengths_are_refused(bad):
     """`(n, 1) == (n,)` broadcasts to n x n agreements: a number near chance that nobody questions."""
-    for metric in ("accuracy", "micro_f1", "macro_f1"):
+    for metric in ("accuracy", "micro_f1", "macro_f1", "f1", "matthews_correlation", "pearson", "spearmanr"):
         with pytest.raises(ValueError, match="shape"):
             score(metric, bad, LABELS)
+
+
+@pytest.mark.parametrize("metric", [accuracy, f1, matthews_correlation, agreement])
+@pytest.mark.parametrize("bad", [0.9, math.nan])
+def test_probabilities_are_not_class_ids(metric, bad):
+    """0.9 == 1 is False: an accuracy of sigmoid outputs is 0 for the best of models."""
+    with pytest.raises(ValueError, match="argmax or a threshold"):
+        metric([1.0, bad], [1, 1])
+
+
+# ---- F1 of class 1, of label sets, of tokens ----
+
+
+def test_binary_f1_is_that_of_class_one():
+    """MRPC's number is the F1 of the paraphrases; the mean over both classes lies several points lower."""
+    found, expected = [1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0]
+    assert f1(found, expected, "binary") == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert f1([0, 0, 0], [0, 1, 1], "binary") == 0.0
+    assert f1([0, 0], [0, 0], "binary") == 0.0
+    with pytest.raises(ValueError, match="0 and 1 only, not 2"):
+        f1([0, 1, 2], [0, 1, 1], "binary")
+    with pytest.raises(ValueError, match="not 'weighted'"):
+        f1(found, expected, "weighted")
+
+
+@pytest.mark.parametrize("average", ["micro", "macro"])
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_multilabel_f1_equals_scikit_learn(average, kind):
+    """Float labels are what BCE needs: a score that reads them otherwise than ints would change with the collator."""
+    expected = sklearn.metrics.f1_score(TAGS, FOUND_TAGS, average=average)
+    assert multilabel_f1(FOUND_TAGS.astype(bool), TAGS.astype(kind), average) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_label_that_never_occurs_counts_as_zero_in_every_run():
+    """If it counted only once it is predicted, two models would be averaged over different labels."""
+    found, expected = np.array([[1, 0], [1, 0]]), np.array([[1, 0], [1, 0]])
+    assert multilabel_f1(found, expected, "macro") == 0.5
+    assert multilabel_f1(found, expected, "micro") == 1.0
+
+
+def test_multilabel_f1_refuses_logits_and_single_labels():
+    """A column of class ids taken for tags scores class 1 only."""
+    with pytest.raises(ValueError, match="0 and 1 only"):
+        multilabel_f1(FOUND_TAGS - 0.5, TAGS)
+    with pytest.raises(ValueError, match="examples, labels"):
+        multilabel_f1(PREDICTIONS, LABELS)
+    with pytest.raises(ValueError, match="not 'binary'"):
+        multilabel_f1(FOUND_TAGS, TAGS, "binary")
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_unlabelled_tokens_do_not_count(seed):
+    """Word pieces and padding carry -100: counted as wrong, they hide half of a tagger's accuracy."""
+    draw = np.random.default_rng(seed)
+    labels, found = draw.integers(0, 3, (4, 7)), draw.integers(0, 3, (4, 7))
+    labels[draw.random((4, 7)) < 0.5] = -100
+    labels[0, 0] = 1
+    pairs = [(int(f), int(e)) for f, e in zip(found.flat, labels.flat, strict=True) if e != -100]
+    ids, references = zip(*pairs, strict=True)
+    assert token_accuracy(found, labels) == pytest.approx(sum(f == e for f, e in pairs) / len(pairs))
+    for average in ("micro", "macro"):
+        assert token_f1(found, labels, average) == pytest.approx(loop_f1(ids, references, average))
+
+
+def test_tokens_without_any_label_are_no_score():
+    """The mean of nothing is nan, which a table prints as a result."""
+    with pytest.raises(ValueError, match="no examples"):
+        token_accuracy([[0, 1]], [[-100, -100]])
+    assert hfkd.functional.IGNORED == IGNORED
+
+
+# ---- correlations ----
+
+
+def test_matthews_correlation_is_the_phi_coefficient():
+    """CoLA is three quarters one class: accuracy in its place reads 70 points too high."""
+    found, expected = PREDICTIONS % 2, LABELS % 2
+    assert matthews_correlation(found, expected) == pytest.approx(np.corrcoef(found, expected)[0, 1], abs=1e-12)
+    assert matthews_correlation(1 - expected, expected) == pytest.approx(-1.0)
+
+
+def test_matthews_correlation_of_one_class_is_zero():
+    """Early in GLUE a model predicts one class: nan or an error would end the run at its first evaluation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert matthews_correlation([1, 1, 1, 1], [0, 1, 1, 0]) == 0.0
+        assert matthews_correlation([1, 1], [1, 1]) == 0.0
+
+
+def test_correlations_equal_scipy():
+    """Pearson where Spearman was meant rewards a linear scale, and STS-B reports both."""
+    assert pearson(VALUES, TARGETS) == pytest.approx(np.corrcoef(VALUES, TARGETS)[0, 1], abs=1e-12)
+    assert spearman(VALUES, TARGETS) == pytest.approx(stats.spearmanr(VALUES, TARGETS).statistic, abs=1e-12)
+    assert spearman([1, 2, 3], [1, 10, 100]) == pytest.approx(1.0) != pytest.approx(pearson([1, 2, 3], [1, 10, 100]))
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+def test_a_constant_has_no_correlation(correlation):
+    """0 would be a claim about the model, an error the end of the run; nan is neither, and never the best checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isnan(correlation([2.5, 2.5, 2.5], [1.0, 2.0, 3.0]))
+        assert math.isnan(correlation([1.0, 2.0, 3.0], [0, 0, 0]))
+    with pytest.raises(ValueError, match="finite"):
+        correlation([1.0, math.nan, 3.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="at least 2"):
+        correlation([1.0], [1.0])
+
+
+# ---- student beside teacher ----
+
+
+def test_agreement_counts_shared_mistakes():
+    """Agreement that leaves out the wrong answers is an accuracy, and says nothing of fidelity."""
+    assert agreement([0, 1, 2, 2], [0, 1, 2, 0]) == 0.75
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1), st.randoms())
+def test_agreement_is_symmetric_and_ignores_row_order(pairs, random):
+    """A score that depends on who is called the teacher, or on the order of rows, changes with the data loader."""
+    student, teacher = zip(*pairs, strict=True)
+    assert agreement(student, teacher) == agreement(teacher, student)
+    random.shuffle(pairs)
+    assert agreement(*zip(*pairs, strict=True)) == agreement(student, teacher)
+
+
+def test_mean_kl_is_of_the_teacher_over_the_student():
+    """The other direction forgives a student that drops half of the teacher's classes."""
+    student, teacher = generator.normal(0, 3, (20, 4)), generator.normal(0, 3, (20, 4))
+    units = hfkd.functional.kl_divergence(torch.from_numpy(student), torch.from_numpy(teacher))
+    assert mean_kl_divergence(student, teacher) == pytest.approx(units.mean().item(), rel=1e-12)
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
+    by_hand = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert mean_kl_divergence(np.log([q]), np.log([p])) == pytest.approx(by_hand)
+    assert mean_kl_divergence(student, student + 7.0) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_mean_kl_with_excluded_classes():
+    """0 * (-inf - -inf) is nan, which would hide the one model that masks classes."""
+    masked, free = [[0.0, 0.0, -math.inf]], [[0.0, 0.0, 0.0]]
+    assert mean_kl_divergence(masked, masked) == 0.0
+    assert mean_kl_divergence(free, masked) == pytest.approx(math.log(3 / 2))
+    assert mean_kl_divergence(masked, free) == math.inf
+    with pytest.raises(ValueError, match="diverged"):
+        mean_kl_divergence([[math.nan, 0.0]], [[0.0, 0.0]])
+    with pytest.raises(ValueError, match="one shape"):
+        mean_kl_divergence(np.zeros((2, 3)), np.zeros((1, 3)))
+
+
+def test_negative_log_likelihood_is_the_loss():
+    """A report whose likelihood is not the loss of the training log compares nothing."""
+    logits = generator.normal(0, 30, (60, 4))
+    loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(LABELS))
+    assert negative_log_likelihood(logits, LABELS) == pytest.approx(loss.item(), rel=1e-12)
+    with pytest.raises(ValueError, match="-1 to 0"):
+        negative_log_likelihood([[0.0, 1.0], [1.0, 0.0]], [-1, 0])
+
+
+@pytest.mark.parametrize(("distilled", "share"), [(0.80, 0.0), (0.85, 0.5), (0.90, 1.0), (0.95, 1.5), (0.75, -0.5)])
+def test_gap_closed_is_a_share_of_the_gap(distilled, share):
+    """Divided by the teacher's score instead, every distillation closes nine tenths of its gap."""
+    assert gap_closed(0.80, distilled, 0.90) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("teacher", [0.80, 0.70, math.nan])
+def test_without_a_gap_no_share_of_it_is_closed(teacher):
+    """Below the baseline, both differences are negative: a student that got worse would have closed half of the gap."""
+    assert math.isnan(gap_closed(0.80, 0.75, teacher))
+
+
+# ---- calibration ----
+
+
+def loop_calibration_error(probabilities, labels, bins):
+    """Guo et al. 2017, eq. 3, as it is written: intervals open on the left, closed on the right."""
+    total = 0.0
+    for m in range(1, bins + 1):
+        members = [
+            (max(row), list(row).index(max(row)) == label)
+            for row, label in zip(probabilities.tolist(), labels, strict=True)
+            if (m - 1) / bins < max(row) <= m / bins
+        ]
+        if members:
+            right = sum(hit for _, hit in members) / len(members)
+            confidence = sum(value for value, _ in members) / len(members)
+            total += len(members) / len(labels) * abs(right - confidence)
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 2, 10, 15, 100])
+def test_calibration_error_equals_a_loop(bins):
+    """Bins of equal mass, or an unweighted mean over bins, give another number under the same name."""
+    probabilities = generator.dirichlet(np.ones(4), 60)
+    expected = loop_calibration_error(probabilities, LABELS, bins)
+    assert expected_calibration_error(probabilities, LABELS, bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
+    """0.75 is the top of bin 3 of 4: moved up it meets other examples, and the errors no longer cancel or add alike."""
+    probabilities = np.array([[0.75, 0.25], [0.7, 0.3], [0.8, 0.2]])
+    labels = [0, 1, 0]
+    by_hand = (abs(1 - 1.45) + abs(1 - 0.8)) / 3
+    assert expected_calibration_error(probabilities, labels, 4) == pytest.approx(by_hand)
+    assert loop_calibration_error(probabilities, labels, 4) == pytest.approx(by_hand)
+
+
+@given(st.integers(1, 9), st.integers(1, 30))
+def test_a_calibrated_model_has_no_calibration_error(tenths, bins):
+    """An estimate that is not 0 where confidence equals accuracy blames the best of models."""
+    confidence = max(tenths, 10 - tenths) / 10
+    probabilities = np.tile([confidence, 1 - confidence], (10, 1))
+    labels = [0] * round(10 * confidence) + [1] * (10 - round(10 * confidence))
+    assert expected_calibration_error(probabilities, labels, bins) == pytest.approx(0.0, abs=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30))
+def test_calibration_error_is_a_fraction_and_ignores_row_order(seed, bins):
+    """An error above 1, or one that moves when rows are shuffled, is not the quantity of the paper."""
+    draw = np.random.default_rng(seed)
+    probabilities, labels = draw.dirichlet(np.full(3, 0.3), 12), draw.integers(0, 3, 12)
+    error, order = expected_calibration_error(probabilities, labels, bins), draw.permutation(12)
+    assert 0.0 <= error <= 1.0
+    assert expected_calibration_error(probabilities[order], labels[order], bins) == pytest.approx(error, abs=1e-12)
+
+
+def test_calibration_error_of_certainty():
+    """Confidence 1 lies in the last bin; one bin further and the surest mistakes are not counted."""
+    certain = np.array([[1.0, 0.0]] * 4)
+    assert expected_calibration_error(certain, [0, 0, 0, 0]) == 0.0
+    assert expected_calibration_error(certain, [1, 1, 1, 1]) == 1.0
+    assert expected_calibration_error(certain.astype(np.float32), [0, 1, 0, 1]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "message"),
+    [
+        ([[2.0, -1.0]], [0], "softmax"),
+        ([[0.4, 0.4]], [0], "softmax"),
+        ([[math.nan, 1.0]], [0], "softmax"),
+        ([0.4, 0.6], [0, 1], "shape"),
+        ([[0.4, 0.6]], [0, 1], "examples"),
+        ([[0.4, 0.6]], [2], "labels run from 2"),
+        ([[0.4, 0.6]], [-1], "labels run from -1"),
+    ],
+)
+def test_calibration_error_refuses_what_is_no_probability(probabilities, labels, message):
+    """The error of logits is a number too, and a label of -1 counts as a mistake of a sure model."""
+    with pytest.raises(ValueError, match=message):
+        expected_calibration_error(probabilities, labels)
+
+
+# ---- over seeds ----
 
 
 def test_mean_and_std_is_the_sample_deviation():

@@ -14,6 +14,10 @@ ROWS = [
     {"stage": "self-distillation round 1", "metric": "accuracy", "scores": [0.82, 0.85], "distance": 3.5,
      "train_loss": [0.14, 0.15], "test_loss": [0.5, 0.55]},
 ]  # fmt: skip
+OBJECTIVES = [
+    {"objective": "cross_entropy", "metric": "accuracy", "scores": [0.75, 0.77]},
+    {"objective": "kd:temperature=4,alpha=0.9", "metric": "accuracy", "scores": [0.78, 0.79]},
+]
 HISTORIES = {
     "round 0": [{"step": 10, "pretrain_loss": 3.0}, {"step": 20, "pretrain_loss": 2.5}, {"train_runtime": 1.0}],
     "round 1": [{"step": 10, "pretrain_loss": 3.1, "distill_loss": 8.0}, {"step": 20, "distill_loss": 4.0}],
@@ -27,6 +31,10 @@ DRAW = {
     "stage_gaps": (
         lambda path: plots.stage_gaps(ROWS, path),
         [("stage", "loss (nats per example)"), ("stage", "test loss - train loss (nats per example)")],
+    ),
+    "objective_scores": (
+        lambda path: plots.objective_scores(OBJECTIVES, path),
+        [("objective", "Accuracy (%)")],
     ),
     "loss_curves": (
         lambda path: plots.loss_curves(HISTORIES, path),
@@ -51,6 +59,16 @@ def test_a_figure_is_written_whole_with_its_units(name, tmp_path):
     assert os.listdir(tmp_path / "sub") == ["figure.png"], "no temporary file is left to be pushed"
     assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == labels
     assert all(axes.get_title() for axes in figure.axes)
+
+
+def test_objectives_stand_against_the_mean_of_the_first(tmp_path):
+    """A line at another height shows a gain where there is none."""
+    (axes,) = plots.objective_scores(OBJECTIVES, tmp_path / "figure.png").axes
+    (line,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(line.get_ydata()) == pytest.approx([76.0, 76.0])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cross_entropy", "kd:\ntemperature=4,\nalpha=0.9"]
+    with pytest.raises(ValueError, match="fractions"):
+        plots.objective_scores([{**OBJECTIVES[0], "scores": [75.0]}], tmp_path / "percent.png")
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
