@@ -1,0 +1,86 @@
+"""Ask a teacher about a task's training texts once; every later run reads the answers instead of running the teacher.
+
+    accelerate launch recipes/train_teacher.py                                        # makes the teacher of the next line
+    python recipes/cache_teacher.py --teacher DIR_OR_ID --task movie_sentences --output_dir runs/cache/movie_sentences
+    python recipes/cache_teacher.py --teacher textattack/bert-base-uncased-SST-2 --task sst2 --output_dir runs/cache/sst2
+
+A killed run goes on where it was when the same line is given again. Afterwards, with rows tokenized in the same way:
+
+    rows = load_cache("runs/cache/movie_sentences", rows, processing_class=tokenizer)
+    DistillationTrainer(student, ..., train_dataset=rows, teacher=CachedTeacher(cache="runs/cache/movie_sentences"))
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser
+
+from hfkd.cache import cache_teacher, verify_cache
+from hfkd.data.text import TEXT_TASKS, load_text, tokenize
+from hfkd.teachers import ModelTeacher
+
+
+@dataclass
+class RecipeArguments:
+    """Teacher, data, and what is stored."""
+
+    teacher: str = field(default="", metadata={"help": "The teacher: a local folder or a Hub id."})
+    task: str = field(default="movie_sentences", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
+    output_dir: str = field(default="", metadata={"help": "Where the cache is made; default: runs/cache/TASK."})
+    max_length: int = field(default=128, metadata={"help": "Tokens a text is cut at; the students' must be the same."})
+    batch_size: int = field(default=64, metadata={"help": "Texts the teacher reads at a time."})
+    features: bool = field(default=False, metadata={"help": "Store the encoder's last hidden states as well (large)."})
+    dtype: str = field(default="float16", metadata={"help": "float16 or float32, of what is stored."})
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "The teacher's dtype: bfloat16, ..., or auto; default: the checkpoint's."}
+    )
+    allow_untrained_teacher: bool = field(
+        default=False, metadata={"help": "Ask a teacher whose checkpoint lacks weights (it answers noise)."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "The first N texts only, for a quick try."})
+    verified_rows: int = field(default=64, metadata={"help": "Rows asked about again afterwards."})
+
+
+def main(arguments: list[str]) -> None:
+    (recipe,) = HfArgumentParser(RecipeArguments).parse_args_into_dataclasses(arguments)
+    if not recipe.teacher:
+        raise SystemExit(
+            "--teacher is missing: a local folder or a Hub id. This trains one on the same task:\n"
+            f"    accelerate launch recipes/train_teacher.py --task {recipe.task} --output_dir runs/teacher"
+        )
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
+    datasets.disable_progress_bars()
+    directory = Path(recipe.output_dir or f"runs/cache/{recipe.task}")
+
+    texts = load_text(recipe.task, require_labels=False)["train"]
+    if recipe.max_rows is not None:
+        texts = texts.select(range(min(recipe.max_rows, len(texts))))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.teacher)
+    rows = tokenize(texts, tokenizer, recipe.max_length)
+    teacher = ModelTeacher(recipe.teacher, dtype=recipe.teacher_dtype, allow_untrained=recipe.allow_untrained_teacher)
+
+    print(f"Asking {teacher.facts()['name']} about {len(rows):,} texts of {recipe.task}", flush=True)
+    started = time.monotonic()
+    cache_teacher(
+        rows,
+        teacher,
+        directory,
+        processing_class=tokenizer,
+        batch_size=recipe.batch_size,
+        features=recipe.features,
+        dtype=recipe.dtype,
+    )
+    seconds = time.monotonic() - started
+    print(f"{len(rows) / seconds:,.0f} rows/s in {seconds:.1f} s (rows found in {directory} or beside it cost nothing)")
+    largest = verify_cache(directory, rows, teacher, rows=recipe.verified_rows, processing_class=tokenizer)
+    print(f"Verified on {min(recipe.verified_rows, len(rows))} rows: largest difference {largest:.2g}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
