@@ -10,33 +10,71 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AttentionMaps": "hfkd.objectives",
     "CrossEntropy": "hfkd.objectives",
+    "DIST": "hfkd.objectives",
+    "DKD": "hfkd.objectives",
+    "Distillation": "hfkd.objectives",
+    "GeneralizedJSD": "hfkd.objectives",
+    "HiddenStates": "hfkd.objectives",
+    "KD": "hfkd.objectives",
+    "LogitMSE": "hfkd.objectives",
+    "MiniLMRelations": "hfkd.objectives",
     "Objective": "hfkd.objectives",
+    "RelationalKD": "hfkd.objectives",
     "SelfDistill": "hfkd.objectives",
     "Progress": "hfkd.outputs",
     "TeacherOutput": "hfkd.outputs",
+    "AdapterTeacher": "hfkd.teachers",
+    "CachedTeacher": "hfkd.teachers",
+    "EnsembleTeacher": "hfkd.teachers",
     "ModelTeacher": "hfkd.teachers",
     "Teacher": "hfkd.teachers",
+    "cache_teacher": "hfkd.cache",
+    "load_cache": "hfkd.cache",
+    "verify_cache": "hfkd.cache",
     "DistillationArguments": "hfkd.trainers.arguments",
+    "DistillationTrainingArguments": "hfkd.trainers.arguments",
     "SelfDistillationArguments": "hfkd.trainers.arguments",
     "DistillationTrainer": "hfkd.trainers.distillation",
     "SelfDistillationTrainer": "hfkd.trainers.self_distillation",
+    "DistillationCollator": "hfkd.data.collate",
     "MaskedLMCollator": "hfkd.data.collate",
+    "init_student_from_teacher": "hfkd.models.student",
     "two_view_model": "hfkd.models.two_view",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from hfkd.cache import cache_teacher as cache_teacher
+    from hfkd.cache import load_cache as load_cache
+    from hfkd.cache import verify_cache as verify_cache
+    from hfkd.data.collate import DistillationCollator as DistillationCollator
     from hfkd.data.collate import MaskedLMCollator as MaskedLMCollator
+    from hfkd.models.student import init_student_from_teacher as init_student_from_teacher
     from hfkd.models.two_view import two_view_model as two_view_model
+    from hfkd.objectives import DIST as DIST
+    from hfkd.objectives import DKD as DKD
+    from hfkd.objectives import KD as KD
+    from hfkd.objectives import AttentionMaps as AttentionMaps
     from hfkd.objectives import CrossEntropy as CrossEntropy
+    from hfkd.objectives import Distillation as Distillation
+    from hfkd.objectives import GeneralizedJSD as GeneralizedJSD
+    from hfkd.objectives import HiddenStates as HiddenStates
+    from hfkd.objectives import LogitMSE as LogitMSE
+    from hfkd.objectives import MiniLMRelations as MiniLMRelations
     from hfkd.objectives import Objective as Objective
+    from hfkd.objectives import RelationalKD as RelationalKD
     from hfkd.objectives import SelfDistill as SelfDistill
     from hfkd.outputs import Progress as Progress
     from hfkd.outputs import TeacherOutput as TeacherOutput
+    from hfkd.teachers import AdapterTeacher as AdapterTeacher
+    from hfkd.teachers import CachedTeacher as CachedTeacher
+    from hfkd.teachers import EnsembleTeacher as EnsembleTeacher
     from hfkd.teachers import ModelTeacher as ModelTeacher
     from hfkd.teachers import Teacher as Teacher
     from hfkd.trainers.arguments import DistillationArguments as DistillationArguments
+    from hfkd.trainers.arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from hfkd.trainers.arguments import SelfDistillationArguments as SelfDistillationArguments
     from hfkd.trainers.distillation import DistillationTrainer as DistillationTrainer
     from hfkd.trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer

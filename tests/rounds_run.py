@@ -9,9 +9,12 @@ import json
 import datasets
 import torch
 import transformers
+from peft import LoraConfig, TaskType
 
 from hfkd import DistillationArguments, DistillationTrainer, SelfDistillationArguments, SelfDistillationTrainer
 from hfkd.models.two_view import RobertaForMaskedLM
+from hfkd.objectives import KD, AttentionMaps, HiddenStates, MiniLMRelations
+from hfkd.teachers import AdapterTeacher
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
 
 
@@ -77,6 +80,34 @@ def classifier_trainer(output, settings, double=True, head="sequence", **kwargs)
     )
 
 
+DISTILLED = {
+    "kd": (16, lambda: KD(temperature=3.0, alpha=0.7)),
+    "kd_token": (16, lambda: KD(temperature=3.0, alpha=0.7)),
+    "hidden": (24, lambda: HiddenStates(alpha=0.5)),
+    "hidden_only": (24, lambda: HiddenStates(loss="cosine", alpha=1.0)),
+    "relations": (16, lambda: MiniLMRelations(alpha=1.0)),
+    "adapter": (16, lambda: KD(temperature=3.0, alpha=0.7)),
+    "maps": (16, lambda: AttentionMaps(loss="kl", alpha=0.5)),
+}
+
+
+def distilled_trainer(output, settings, which, double=True, adapter_teacher=True) -> DistillationTrainer:
+    """A student with a teacher, for each kind of answer; `hidden` has a wider teacher, hence projections that train.
+
+    `adapter`: a LoRA student taught by itself without its adapter, or by a second copy of the base."""
+    width, objective = DISTILLED[which]
+    head = "token" if which == "kd_token" else "sequence"
+    kind = {"sequence": "RobertaForSequenceClassification", "token": "RobertaForTokenClassification"}[head]
+    torch.manual_seed(0 if which == "adapter" else 1)
+    teacher = getattr(transformers, kind)(tiny_roberta_config(num_labels=3, hidden_size=width))
+    teacher = teacher.double() if double else teacher
+    lora = LoraConfig(TaskType.SEQ_CLS, r=2, target_modules=["query", "value"], init_lora_weights=False)
+    more = {"peft_config": lora} if which == "adapter" else {}
+    if which == "adapter" and adapter_teacher:
+        teacher = AdapterTeacher()
+    return classifier_trainer(output, settings, double, head, teacher=teacher, objective=objective(), **more)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output")
@@ -84,8 +115,12 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--double", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--distilled", choices=DISTILLED)
     given = parser.parse_args()
-    trainer = rounds_trainer(given.output, given.settings, given.dropout, given.double)
+    if given.distilled:
+        trainer = distilled_trainer(given.output, given.settings, given.distilled, given.double)
+    else:
+        trainer = rounds_trainer(given.output, given.settings, given.dropout, given.double)
     trainer.train(resume_from_checkpoint=given.resume)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from rounds_run import classifier_trainer, rounds_trainer, start_model
+from rounds_run import classifier_trainer, distilled_trainer, rounds_trainer, start_model
 from safetensors.torch import load_file
 
 from hfkd import DistillationArguments, DistillationTrainer, MaskedLMCollator, ModelTeacher
@@ -303,3 +303,63 @@ def test_a_killed_run_goes_on_as_if_never_killed(tmp_path, sampling):
     for number in range(3):
         folders = [tmp_path / run / f"round-{number}" / "model.safetensors" for run in ("killed", "never")]
         assert_same_weights(load_file(folders[0]), load_file(folders[1]))
+
+
+@pytest.mark.launch
+def test_a_killed_run_keeps_its_projections(tmp_path):
+    """Projections that start anew on resume throw the student back: the loss jumps and nobody knows why."""
+    settings = {"max_steps": 40, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
+    process = start_process(tmp_path / "killed", settings, "--double", "--distilled", "hidden")
+    deadline = time.monotonic() + 120
+    whole = lambda: list((tmp_path / "killed").glob("checkpoint-*/whole.json"))  # noqa: E731
+    while not whole() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert whole() and not (tmp_path / "killed" / "checkpoint-40").exists()
+
+    resumed = distilled_trainer(tmp_path / "killed", settings, "hidden")
+    fresh = {name: tensor.clone() for name, tensor in resumed.objective.state_dict().items()}
+    resumed.train(resume_from_checkpoint=True)
+    never = distilled_trainer(tmp_path / "never", settings, "hidden")
+    never.train()
+    # Not to the last bit: where the loaded weights lie in memory decides in which order a product is summed
+    assert_same_weights(resumed.model.state_dict(), never.model.state_dict(), 1e-10)
+    assert_same_weights(resumed.objective.state_dict(), never.objective.state_dict(), 1e-10)
+    assert any(not torch.equal(tensor, fresh[name]) for name, tensor in resumed.objective.state_dict().items())
+    saved = load_file(tmp_path / "never" / "checkpoint-40" / "model.safetensors").keys()
+    assert not [name for name in saved if "objective" in name]
+    assert load_file(tmp_path / "never" / "checkpoint-40" / "objective.safetensors").keys()
+
+
+def test_the_student_is_plain_after_training(tmp_path):
+    """model.save_pretrained after training must not write hooks, projections or another attention."""
+    for which in ("hidden", "maps", "relations"):
+        trainer = distilled_trainer(tmp_path / which, {"max_steps": 2}, which)
+        plain = trainer.model.state_dict().keys()
+        attention = trainer.model.config._attn_implementation
+        trainer.train()
+        assert trainer.model.state_dict().keys() == plain
+        assert trainer.model.config._attn_implementation == attention
+        assert not trainer.model._forward_hooks
+        trainer.save_model(str(tmp_path / which / "saved"))
+        assert (tmp_path / which / "saved" / "objective.safetensors").exists() == (which == "hidden")
+
+
+def test_the_adapters_base_teaches_as_a_second_copy_does(tmp_path):
+    """One model in two roles: adapters left on, dropout or a frozen parameter left over makes it a teacher of nothing."""
+    students = []
+    for name, itself in (("itself", True), ("copy", False)):
+        trainer = distilled_trainer(tmp_path / name, {}, "adapter", adapter_teacher=itself)
+        trainer.train()
+        students.append(trainer.model.state_dict())
+    assert_same_weights(students[0], students[1], 1e-12)
+    assert trainer.state.log_history[0]["distill_loss"] > 0
+
+
+def test_projections_without_their_file_are_not_started_anew(tmp_path):
+    """A checkpoint of another objective resumes silently with random projections."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    distilled_trainer(tmp_path, settings, "kd").train()
+    with pytest.raises(FileNotFoundError, match="objective.safetensors"):
+        distilled_trainer(tmp_path, {**settings, "max_steps": 6}, "hidden").train(resume_from_checkpoint=True)

@@ -25,13 +25,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": (),
     "hub": (),
     "objectives": ("functional", "outputs"),
-    "teachers": ("outputs",),
+    "teachers": ("outputs", "functional", "models.projections"),
+    "cache": ("teachers", "outputs"),
     "regularized": ("functional", "outputs", "objectives"),
     "diagnostics": ("functional",),
     "testing": EVERYTHING,
     "trainers": (
-        *("objectives", "teachers", "hub", "outputs", "functional"),
-        *("data.collate", "data.sampler", "diagnostics.callback"),
+        *("objectives", "teachers", "hub", "outputs", "functional", "models.projections"),
+        *("data.collate", "data.rows", "data.sampler", "data.text", "diagnostics.callback"),
     ),
 }
 MUST_NOT_IMPORT = {"testing": ("trainers",)}

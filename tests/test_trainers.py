@@ -34,7 +34,8 @@ def test_arguments_keep_the_order_of_the_stock_trainer():
     for trainer in (DistillationTrainer, SelfDistillationTrainer):
         ours = list(inspect.signature(trainer.__init__).parameters)
         assert ours[: len(stock)] == stock
-        assert ours[len(stock) :] == ["teacher", "objective", "peft_config"]
+        snippets = ["teacher_model"] if trainer is DistillationTrainer else []
+        assert ours[len(stock) :] == ["teacher", "objective", "peft_config", *snippets]
 
 
 def test_refusals_of_the_distillation_trainer(tmp_path, monkeypatch):

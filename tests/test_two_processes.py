@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rounds_run import classifier_trainer, rounds_trainer
+from rounds_run import DISTILLED, classifier_trainer, distilled_trainer, rounds_trainer
 
 pytestmark = pytest.mark.launch
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ def test_two_processes_really_train_together(ranks):
     assert not torch.equal(ranks[0]["first_ids"], ranks[1]["first_ids"])
 
 
-@pytest.mark.parametrize("run", ["rounds", "accumulated", "ablation", "sequence", "token"])
+@pytest.mark.parametrize("run", ["rounds", "accumulated", "ablation", "sequence", "token", *DISTILLED])
 def test_parameters_are_equal_on_both_ranks(ranks, run):
     """Unsynchronised gradients let the ranks drift apart, and rank 0's drift is what gets saved."""
     for name, tensor in ranks[0][run].items():
@@ -70,6 +70,20 @@ def test_classifiers_equal_one_process(ranks, head, tmp_path):
     alone = classifier_trainer(tmp_path / "one", {}, head=head)
     alone.train()
     assert_close(ranks[0][head], alone.model.state_dict())
+
+
+@pytest.mark.parametrize("which", DISTILLED)
+def test_distillation_equals_one_process(ranks, which, tmp_path):
+    """A teacher asked, a projection trained or a term divided by process is another objective for every cluster size."""
+    alone = distilled_trainer(tmp_path / "one", {"eval_teacher": True}, which)
+    alone.train()
+    assert_close(ranks[0][which], alone.model.state_dict())
+    assert_close(ranks[0][which], {f"objective.{name}": t for name, t in alone.objective.state_dict().items()})
+    metrics = alone.evaluate(alone.train_dataset)
+    names = {"eval_loss", "eval_distill_loss", *(["eval_agreement"] if which in ("kd", "kd_token", "adapter") else [])}
+    for name in names:
+        assert ranks[0][f"{which} evaluated"][name] == pytest.approx(metrics[name], rel=1e-6)
+        assert ranks[1][f"{which} evaluated"][name] == pytest.approx(metrics[name], rel=1e-6)
 
 
 def test_logged_terms_are_those_of_all_processes(ranks, tmp_path):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from rounds_run import classifier_trainer, rounds_trainer
+from rounds_run import DISTILLED, classifier_trainer, distilled_trainer, rounds_trainer
 
 
 def main(output: Path) -> None:
@@ -33,6 +33,13 @@ def main(output: Path) -> None:
         classifier = classifier_trainer(output / head, {"per_device_train_batch_size": 4}, head=head)
         classifier.train()
         found[head] = {name: tensor.clone() for name, tensor in classifier.model.state_dict().items()}
+
+    for which in DISTILLED:
+        student = distilled_trainer(output / which, {"per_device_train_batch_size": 4, "eval_teacher": True}, which)
+        student.train()
+        found[which] = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+        found[which] |= {f"objective.{name}": tensor for name, tensor in student.objective.state_dict().items()}
+        found[f"{which} evaluated"] = student.evaluate(student.train_dataset)
 
     evaluated = classifier_trainer(output / "evaluated", {"per_device_train_batch_size": 4})
     evaluated.evaluate(evaluated.train_dataset)

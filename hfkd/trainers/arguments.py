@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_torch_xla_available
 
+from hfkd.objectives import OBJECTIVES, Objective
+
 
 def accelerator_is_absent() -> bool:
     return not (torch.accelerator.is_available() or is_torch_xla_available())
@@ -25,10 +29,16 @@ def accelerator_is_absent() -> bool:
 class DistillationArguments(TrainingArguments):
     """TrainingArguments for one student and any teacher.
 
+    `objective`, `temperature`, `alpha` and `objective_kwargs` name an objective of `hfkd.objectives.OBJECTIVES` and its
+    settings, for command lines and YAML; None leaves the objective's own default. In Python pass `objective=KD(...)` to the
+    trainer instead. alpha is the weight of the **distillation** term everywhere in hfkd.
+
     Defaults of ours: `use_cpu` when the machine has no accelerator (a plain `accelerate launch` or torchrun line would
     otherwise start independent single-process runs), no NaN filter (it hides NaN losses and makes the host wait for
     the device in every step), and no search for unused parameters under DDP, because all are used.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "objective_kwargs"]  # noqa: RUF012
 
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses from the logs (costs a host sync per step)."}
@@ -36,12 +46,79 @@ class DistillationArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP search for parameters without a gradient in every step."}
     )
+    objective: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(OBJECTIVES)}; default: kd with a teacher, else cross_entropy."},
+    )
+    temperature: float | None = field(default=None, metadata={"help": "Softens both sides' logits; above 0."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the distillation term, 0 to 1; the task term gets 1 - alpha."}
+    )
+    objective_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": """Further settings of the objective as JSON: '{"temperature_on": "teacher"}'."""},
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's dtype: bfloat16, ..., or auto (bfloat16 where the hardware multiplies it fast)."
+        },
+    )
+    allow_untrained_teacher: bool = field(
+        default=False, metadata={"help": "Accept a teacher whose head is freshly initialised."}
+    )
+    eval_teacher: bool = field(
+        default=False, metadata={"help": "Evaluation asks the teacher too: adds distill_loss and agreement."}
+    )
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or accelerator_is_absent()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of rows depends on what drew from the global generator before
         super().__post_init__()
+
+    def make_objective(self, default: str) -> Objective:
+        """The objective that the fields name. Raises ValueError for an unknown name and for a setting it does not have."""
+        name = self.objective or default
+        if name not in OBJECTIVES:
+            raise ValueError(f"objective {name!r} is unknown; the known ones are {', '.join(OBJECTIVES)}")
+        given = {"temperature": self.temperature, "alpha": self.alpha, **self._objective_kwargs()}
+        if self.label_smoothing_factor:
+            given.setdefault("label_smoothing", self.label_smoothing_factor)
+        settings = {key: value for key, value in given.items() if value is not None}
+        known = [key for key in inspect.signature(OBJECTIVES[name].__init__).parameters if key != "self"]
+        odd = sorted(settings.keys() - set(known))
+        if odd:
+            raise ValueError(f"the objective {name} has no {', '.join(odd)}; it takes {', '.join(known) or 'nothing'}")
+        return OBJECTIVES[name](**settings)
+
+    def _objective_kwargs(self) -> dict[str, Any]:
+        if isinstance(self.objective_kwargs, str):
+            raise ValueError(
+                f"objective_kwargs must be a JSON object such as '{{\"beta\": 1}}', got {self.objective_kwargs!r}"
+            )
+        return self.objective_kwargs or {}
+
+    def names_objective(self) -> bool:
+        return any(value is not None for value in (self.objective, self.temperature, self.alpha, self.objective_kwargs))
+
+
+class DistillationTrainingArguments(DistillationArguments):
+    """The arguments of the snippet that many projects copy; its alpha weights the **task** term: alpha is 1 - alpha here.
+
+    Deprecated: use `DistillationArguments(objective="kd", alpha=..., temperature=...)`.
+    """
+
+    def __init__(self, *args: Any, alpha: float = 0.5, temperature: float = 2.0, **kwargs: Any):
+        warnings.warn(
+            f"DistillationTrainingArguments(alpha={alpha}) weights the task term, as the copied snippet has it: taken as "
+            f"DistillationArguments(objective='kd', alpha={1 - alpha:g}, temperature={temperature}), where alpha weights the "
+            "distillation term",
+            FutureWarning,
+            stacklevel=2,
+        )
+        kwargs = {"objective": "kd", **kwargs, "alpha": 1 - alpha, "temperature": temperature}
+        super().__init__(*args, **kwargs)
 
 
 @dataclass
@@ -67,6 +144,11 @@ class SelfDistillationArguments(DistillationArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0 clips nothing."})
 
     def __post_init__(self) -> None:
+        if self.names_objective() or self.teacher_dtype or self.eval_teacher:
+            raise ValueError(
+                "the rounds have their own objective and teacher: leave objective, temperature, alpha, objective_kwargs, "
+                "teacher_dtype and eval_teacher out (the trainer takes objective=... in Python)"
+            )
         if self.num_rounds < 0:
             raise ValueError(
                 f"num_rounds must be 0 (plain further pre-training) or more rounds of self-distillation, got {self.num_rounds}"

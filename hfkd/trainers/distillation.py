@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -12,24 +12,40 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_pt_utils import nested_gather
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ModelOutput
 
-from hfkd.data.collate import KeyedCollator
+from hfkd.data.collate import DistillationCollator, KeyedCollator
+from hfkd.data.rows import is_float, label_of_first_row, with_example_ids
 from hfkd.data.sampler import KeyedLengthSampler
+from hfkd.functional import labelled_units
 from hfkd.objectives.cross_entropy import CrossEntropy
+from hfkd.objectives.kd import KD
 from hfkd.objectives.objective import Objective
-from hfkd.outputs import Batch, Counts, Progress, Terms
+from hfkd.outputs import Batch, Counts, Progress, TeacherOutput
 from hfkd.teachers import ModelTeacher, Teacher
+from hfkd.trainers.arguments import DistillationArguments
 from hfkd.trainers.checkpoints import last_whole_checkpoint, mark_whole
+from hfkd.trainers.equipment import equip, load_attached, save_attached, trains_something, without_attached
+from hfkd.trainers.teacher_check import (
+    SLICE,
+    logits_in_eval_mode,
+    refuse_bad_logits,
+    refuse_other_shapes,
+    refuse_stale_view,
+    refuse_wrong_view,
+    report,
+    score,
+    tokenizer_of,
+)
+from hfkd.trainers.term_trainer import TermTrainer
 
 NO_PUSH = (
     "the stock upload takes training_args.bin, with local paths inside, and every nested checkpoint: leave push_to_hub off "
     "and upload one saved student (hf upload REPO FOLDER --exclude '*training_args.bin' 'checkpoint-*/*')"
 )
+FEATURES = frozenset({"hidden_states", "attentions", "qkv", "features"})
 OPTIONAL_VIEWS = frozenset({"masked_positions", "clean_input_ids"})
 
 
@@ -44,20 +60,24 @@ class _PlaceKeyed(TrainerCallback):
             keyed.set_position(round=self.trainer.round, epoch=int(state.epoch or 0))
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(TermTrainer):
     """`transformers.Trainer` whose loss is an objective over the student's and the teacher's answers.
 
     Same arguments in the same order, then `teacher` (a Teacher, a model, a folder or a Hub id), `objective` and
-    `peft_config`. Without an objective it trains without a teacher (CrossEntropy), so that the baseline shares every
-    other line.
+    `peft_config`. Without an objective the fields of `args` name one, and otherwise it is KD with a teacher and
+    CrossEntropy without, so that the baseline shares every other line. (`teacher_model=` of the copied snippet works and
+    warns.)
 
     Each term's loss is the sum over its units divided by the number of its units in the whole optimizer step, over
     micro-batches and processes: batch 8 equals 2 x 4 accumulated equals two processes. The stock Trainer is off by the
     number of accumulation steps for several encoder heads (huggingface/transformers#47688). `eval_loss` is the task
-    term alone, so that it compares across objectives.
+    term alone, so that it compares across objectives; `eval_teacher=True` adds the distillation terms and the agreement
+    of the two sides' predicted classes. Before the first step the teacher is scored on a slice of the data, beside the
+    student and a constant answer (`teacher_scores`).
 
-    Raises ValueError for a `compute_loss_func`, for an objective that needs a teacher when there is none, for several
-    GPUs in one process, and where the launcher started more processes than the Trainer sees.
+    Raises ValueError for a `compute_loss_func`, for an objective that needs a teacher when there is none, for labels or
+    tokenizers of teacher and student that do not match, for teacher logits that are not finite, for several GPUs in one
+    process, and where the launcher started more processes than the Trainer sees.
     """
 
     args: Any
@@ -65,9 +85,8 @@ class DistillationTrainer(Trainer):
     data_collator: Any
     _signature_columns: Any
     train_dataset: Any
-    objective: Objective
     teacher: Teacher | None
-    loss_is_scaled_for_ga = True  # the loss below is already divided by the units of the whole step
+    _same_labels = True
     round = 0
 
     def __init__(
@@ -89,7 +108,12 @@ class DistillationTrainer(Trainer):
         *,
         objective: Objective | None = None,
         peft_config: Any = None,
+        teacher_model: Any = None,
     ):
+        if teacher_model is not None:
+            warnings.warn("teacher_model=... is called teacher=... here", FutureWarning, stacklevel=2)
+            teacher = teacher_model
+        args = args or DistillationArguments(output_dir="tmp_trainer")
         if compute_loss_func is not None:
             raise ValueError("compute_loss_func would bypass the objective: write an Objective and pass objective=...")
         if getattr(args, "push_to_hub", False):
@@ -100,6 +124,8 @@ class DistillationTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
+        if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
+            data_collator = DistillationCollator(processing_class)
         super().__init__(
             model,
             args,
@@ -115,41 +141,39 @@ class DistillationTrainer(Trainer):
             optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics,
         )
-        self.model_accepts_loss_kwargs = False  # super().__init__ overwrites it; the models' own losses are not used
-        self._refuse_wrong_launch()
+        named = isinstance(self.args, DistillationArguments) and self.args.names_objective()
+        if objective is not None and named:
+            raise ValueError(
+                f"objective={type(objective).__name__}(...) is given, and args name {self.args.objective or 'settings'} too "
+                "(objective, temperature, alpha, objective_kwargs): keep one of the two"
+            )
         if objective is not None and self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.args.label_smoothing_factor} acts on the default CrossEntropy only: give "
                 f"label smoothing to {type(objective).__name__} itself and set label_smoothing_factor=0"
             )
-        self._set_keyed_collator()
-        self._term_sums: Terms = {}
-        self._eval_sums: Terms = {}
-        self._set_objective(objective or CrossEntropy(self.args.label_smoothing_factor), teacher)
+        self._unequip: Callable[[], None] | None = None
+        self.teacher_scores: dict[str, float] | None = None
+        objective = objective or self._objective_of_arguments(teacher)
+        self._set_keyed_collator(numbered=teacher is not None)
+        self._set_objective(objective, teacher)
 
     # ---- set-up ----
 
-    def _refuse_wrong_launch(self) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", 1))
-        if launched != self.args.world_size:
-            raise ValueError(
-                f"the launcher started {launched} processes, but the Trainer sees {self.args.world_size}: they would "
-                "train independent models. On machines without an accelerator pass --use_cpu True or set "
-                "ACCELERATE_USE_CPU=true"
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would run DataParallel, which splits the loss's units wrongly: "
-                "start with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
-            )
+    def _objective_of_arguments(self, teacher: Any) -> Objective:
+        if isinstance(self.args, DistillationArguments):
+            return self.args.make_objective("cross_entropy" if teacher is None else "kd")
+        smoothing = self.args.label_smoothing_factor
+        return CrossEntropy(smoothing) if teacher is None else KD(label_smoothing=smoothing)
 
-    def _set_keyed_collator(self) -> None:
+    def _set_keyed_collator(self, numbered: bool) -> None:
         self._eval_collator = copy.deepcopy(self.data_collator)  # stays at round 0, epoch 0: eval masks never change
         self.keyed: list[Any] = []
         self.add_callback(_PlaceKeyed(self))
-        if not isinstance(self.data_collator, KeyedCollator):
-            return
-        self.keyed.append(self.data_collator)
+        if isinstance(self.data_collator, KeyedCollator):
+            self.keyed.append(self.data_collator)
+        elif not numbered or not all(hasattr(self.train_dataset, name) for name in ("column_names", "__len__")):
+            return  # numbers are a must for keyed randomness, and otherwise a name for rows with a bad teacher's answer
         self.train_dataset = with_example_ids(self.train_dataset)
         self.eval_dataset = with_example_ids(self.eval_dataset)
 
@@ -160,25 +184,97 @@ class DistillationTrainer(Trainer):
             )
         if teacher is not None and teacher is self.model:
             raise ValueError(
-                "teacher and student are one module, and the teacher's weights are frozen: pass a copy.deepcopy"
+                "teacher and student are one module, and the teacher's weights are frozen: pass a copy.deepcopy, or "
+                "AdapterTeacher() for a student with a PEFT adapter"
             )
-        if teacher is not None and not isinstance(teacher, Teacher):
-            teacher = ModelTeacher(teacher)
-        config = getattr(self.model, "config", None)
-        objective.build(config, teacher and teacher.config, getattr(config, "problem_type", None))
-        if teacher is not None:
-            teacher.needs = objective.needs
-            teacher.to(self.args.device)
-        self.objective = objective.to(self.args.device)
-        self.teacher = teacher
+        self.objective = objective
+        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else self._load_teacher(teacher)
+        self._meet_student(self.model)
+        if self.teacher is not None:
+            self._refuse_wrong_inputs(self.teacher)
+        if objective.needs & FEATURES and getattr(objective, "alpha", 0) == 1:
+            # The head gets no gradient, and DDP would wait for it
+            self.accelerator.ddp_handler.find_unused_parameters = True
         self._signature_columns = None
+
+    def _load_teacher(self, teacher: nn.Module | str | Path) -> ModelTeacher:
+        loaded = ModelTeacher(
+            teacher,
+            dtype=getattr(self.args, "teacher_dtype", None),
+            allow_untrained=getattr(self.args, "allow_untrained_teacher", False),
+        )
+        if not isinstance(teacher, nn.Module):
+            loaded.processing_class = tokenizer_of(str(teacher))
+        return loaded
+
+    def _meet_student(self, student: Any) -> None:
+        """Objective and teacher learn what student they have: once, and again for every student that model_init makes."""
+        config = getattr(student, "config", None)
+        if self.teacher is not None:
+            self.teacher.prepare(student, self._objective.needs, self.args.device)
+        self._objective.build(config, self.teacher and self.teacher.config, self._problem_type(config))
+        self._objective.to(self.args.device)
+        if self._objective.attached is not None:  # before a checkpoint is read into it, or digits would be lost
+            self._objective.attached.to(student.dtype)
+        if self.teacher is None or "teacher" not in self._objective.needs:
+            return
+        try:
+            self.teacher.align_labels(config)
+            self._same_labels = True
+        except ValueError:
+            if not self._objective.needs & FEATURES:
+                raise
+            self._same_labels = False  # what is compared inside two models does not depend on their labels
+
+    def _problem_type(self, config: Any) -> str:
+        """As transformers' heads guess it from labels, but before the first batch."""
+        if getattr(config, "problem_type", None):
+            return config.problem_type
+        if getattr(config, "num_labels", 2) == 1:
+            return "regression"
+        label = label_of_first_row(self.train_dataset)
+        several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) == 1
+        return "multi_label_classification" if several and is_float(label[0]) else "single_label_classification"
+
+    def _refuse_wrong_inputs(self, teacher: Teacher) -> None:
+        refuse_stale_view(teacher, self.data_collator)
+        columns = getattr(self.train_dataset, "column_names", None)
+        if columns and "teacher" in self._objective.needs and hasattr(teacher, "model"):
+            config = getattr(self.model, "config", None)
+            refuse_wrong_view(teacher, self.processing_class, self.data_collator, set(columns), config)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        student = super().call_model_init(trial)
+        if hasattr(self, "_objective"):  # a search makes a student per trial; the teacher is loaded once
+            self._meet_student(student)
+        return student
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The last moment before the optimizer looks for parameters: what the objective trains is put on the student."""
+        if trains_something(self._objective) and self.optimizer is not None:
+            raise ValueError(
+                f"{type(self._objective).__name__} trains a projection between the two widths, which the given optimizer does "
+                "not hold: pass optimizer_cls_and_kwargs instead of optimizers"
+            )
+        self._check_teacher()
+        self._equip()
+        return super().create_optimizer(model)
+
+    def _equip(self) -> None:
+        if self._unequip is None:
+            self._unequip = equip(self.accelerator.unwrap_model(self.model), self._objective)
+
+    def _take_off(self) -> None:
+        if self._unequip is not None:
+            self._unequip()
+            self._unequip = None
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the teacher's and the objective's columns, which the student's forward does not name."""
         super()._set_signature_columns_if_needed()
         teacher_columns = self.teacher.columns if self.teacher is not None else ()
         self._signature_columns = list(
-            dict.fromkeys([*(self._signature_columns or []), *teacher_columns, *self.objective.columns, "example_id"])
+            dict.fromkeys([*(self._signature_columns or []), *teacher_columns, *self._objective.columns, "example_id"])
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -220,13 +316,22 @@ class DistillationTrainer(Trainer):
         """What the student's forward takes. Labels stay outside, because the objective scores; a second view of the
         input is shown only where the objective reads it, because it costs a second pass."""
         kept_outside = {"label", "label_ids", "example_id", *self.label_names}
-        kept_outside |= OPTIONAL_VIEWS - set(self.objective.columns if training else self.objective.task_columns)
+        kept_outside |= OPTIONAL_VIEWS - set(self._objective.columns if training else self._objective.task_columns)
         names = self._forward_names - kept_outside
         view: dict[str, Any] = {name: value for name, value in inputs.items() if name in names}
         for name in ("hidden_states", "attentions"):
-            if training and name in self.objective.needs:
+            if training and name in self._objective.needs:
                 view[f"output_{name}"] = True
         return view
+
+    def _ask_teacher(self, inputs: Batch) -> TeacherOutput | None:
+        if self.teacher is None or "teacher" not in self._objective.needs:
+            return None
+        with self.accelerator.autocast():  # else a bf16 student would be compared with a float32 teacher
+            answer = self.teacher(inputs, self.progress)
+        if self.args.device.type == "cpu":  # elsewhere the host would wait for the device: there a slice is checked
+            refuse_bad_logits(answer, inputs)
+        return answer
 
     @cached_property
     def _forward_names(self) -> set[str]:
@@ -242,92 +347,61 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Counts | None = None,
     ) -> Any:
         if not model.training:
-            outputs = model(**self.student_view(inputs, training=False))
-            terms, counts = self.objective.task(outputs, inputs), self.objective.count(inputs)
-            self._record_evaluation(terms, counts)
-            loss = torch.stack(list(self._means(terms, counts, 1).values())).sum()
-            return (loss, ModelOutput(logits=outputs.logits)) if return_outputs else loss
+            return self._evaluation_loss(model, inputs, return_outputs)
         self._refuse_unwrapped(model)
-        answer = None
-        if self.teacher is not None and "teacher" in self.objective.needs:
-            with self.accelerator.autocast():  # else a bf16 student would be compared with a float32 teacher
-                answer = self.teacher(inputs, self.progress)
+        answer = self._ask_teacher(inputs)
         outputs = model(**self.student_view(inputs, training=True))
-        terms = self.objective(outputs, answer, inputs, self.progress)
-        counts = self.objective.count(inputs) if num_items_in_batch is None else num_items_in_batch
-        # DDP averages gradients over processes; the units were counted over all of them
-        means = self._means(terms, counts, self.accelerator.num_processes)
-        self._record(means)
-        loss = torch.stack(list(means.values())).sum()
+        terms = self._objective(outputs, answer, inputs, self.progress)
+        counts = self._objective.count(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss = self.reduce_terms(terms, counts)
         return (loss, ModelOutput(logits=outputs.logits)) if return_outputs else loss
 
-    @staticmethod
-    def _means(terms: Terms, counts: Counts, scale: int) -> Terms:
-        """Sum over units, divided by their number in the step; no unit contributes 0, not NaN."""
-        if terms.keys() - counts.keys():
-            raise ValueError(
-                f"the objective's terms are {sorted(terms)}, but it counts {sorted(counts)}: extend count()"
-            )
-        return {name: values.sum() * scale / counts[name].clamp(min=1) for name, values in terms.items()}
+    def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        answer = self._ask_teacher(inputs) if self._asks_in_evaluation else None
+        outputs = model(**self.student_view(inputs, training=answer is not None))
+        terms, counts = self._objective.task(outputs, inputs), self._objective.count(inputs)
+        loss = torch.stack(list(self._means(terms, counts, 1).values())).sum()
+        self._record_evaluation(terms, counts)
+        if answer is not None:
+            scored = self._objective(outputs, answer, inputs, self.progress)
+            beyond = {name: values for name, values in scored.items() if name not in terms}
+            self._record_evaluation(beyond, counts, asked=True)
+            self._record_agreement(outputs, answer, inputs)
+        # Logits alone: whatever else the outputs hold would reach compute_metrics as predictions
+        return (loss, ModelOutput(logits=outputs.logits)) if return_outputs else loss
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step, and the units of each term in them over all processes."""
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not samples:
-            return samples, None
-        counts = [self.objective.count(batch) for batch in samples]
-        names = sorted(counts[0])
-        totals = torch.stack([torch.stack([count[name] for count in counts]).sum() for name in names]).to(device)
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        return samples, dict(zip(names, totals.unbind(), strict=True))
+    @property
+    def _asks_in_evaluation(self) -> bool:
+        return bool(getattr(self.args, "eval_teacher", False)) and self.teacher is not None
 
-    def _refuse_unwrapped(self, model: nn.Module) -> None:
-        distributed = "MULTI_" in str(self.accelerator.distributed_type)
-        if distributed and not isinstance(
-            getattr(model, "_orig_mod", model), DistributedDataParallel
-        ):  # compiled or not
-            raise RuntimeError(
-                f"{self.accelerator.num_processes} processes train, but the model is not wrapped, so their gradients would "
-                "never be synchronised. evaluate() before train() causes this: use eval_on_start=True instead"
-            )
-
-    # ---- evaluation: the mean over all units, not a mean of batch means ----
-
-    def _record_evaluation(self, terms: Terms, counts: Counts) -> None:
-        for name, values in terms.items():
-            found = torch.stack([values.sum().detach().double(), counts[name].double()])
-            self._eval_sums[name] = self._eval_sums.get(name, 0.0) + found
+    def _record_agreement(self, outputs: Any, answer: TeacherOutput, inputs: Batch) -> None:
+        """Share of units for which both sides predict one class; multi-label: share of labels."""
+        if not self._same_labels or answer.logits is None or "labels" not in inputs:
+            return
+        units = labelled_units(inputs["labels"], self._objective.problem_type)
+        if self._objective.problem_type == "single_label_classification":
+            same = (outputs.logits.argmax(-1) == answer.logits.argmax(-1)) & units
+        elif self._objective.problem_type == "multi_label_classification":
+            same = ((outputs.logits > 0) == (answer.logits > 0)).float().mean(-1)
+        else:
+            return  # two numbers never agree exactly; distill_loss is their distance
+        self._record_evaluation({"agreement": same}, {"agreement": units.sum()}, asked=True)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but the loss is the sum over units divided by their number: independent of the batch size.
+        equipped = self._unequip is not None
+        if self._asks_in_evaluation:
+            self._equip()
+        try:
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:
+            if not equipped:
+                self._take_off()
 
-        On several processes the rows that even out the last batch count twice.
-        """
-        self._eval_sums = {}
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        metrics = output.metrics or {}
-        name = next((name for name in metrics if name.endswith("_loss")), None)
-        if name is not None and self._eval_sums:
-            sums, counts = self.accelerator.reduce(torch.stack(list(self._eval_sums.values())), "sum").unbind(1)
-            metrics[name] = (sums / counts.clamp(min=1)).sum().item()
-        return output
-
-    # ---- logs: the terms sum to the logged loss ----
-
-    def _record(self, means: Terms) -> None:
-        if not self._term_sums:
-            self._term_start = self.state.global_step
-        for name, value in means.items():
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._term_sums:
-            steps = max(self.state.global_step - self._term_start, 1)
-            sums = torch.stack(list(self._term_sums.values()))
-            gathered = nested_gather(sums, self.args.parallel_mode).view(-1, len(sums)).mean(0) / steps
-            logs.update(zip(self._term_sums, gathered.tolist(), strict=True))
-            self._term_sums = {}
-        super().log(logs, start_time)
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but unlabelled rows keep the teacher's columns and example_id out of the student."""
+        if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
+            inputs = self.student_view(inputs, training=False)
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     # ---- train and save ----
 
@@ -337,8 +411,42 @@ class DistillationTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise ValueError("train_dataset has no rows: nothing to learn from (were all of them filtered out?)")
         self._term_sums = {}
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
+        self.teacher_scores = None
+        try:
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
+        finally:
+            self._take_off()
+
+    def _check_teacher(self) -> None:
+        """Score the teacher on a slice of the training rows, without a data loader: that would draw random numbers."""
+        data = self.train_dataset
+        if (
+            self.teacher_scores is not None
+            or self.teacher is None
+            or "teacher" not in self._objective.needs
+            or not hasattr(data, "__getitem__")
+        ):
+            return
+        size = self.args.per_device_eval_batch_size
+        shown = self._remove_unused_columns(data) if hasattr(data, "column_names") else data
+        with torch.random.fork_rng():  # a transform of the rows may draw; a resumed run must not see that
+            rows = [shown[i] for i in range(min(SLICE, len(data)))]
+        batches = [self._prepare_inputs(self._eval_collator(rows[i : i + size])) for i in range(0, len(rows), size)]
+        if self.teacher(batches[0], self.progress).logits is None:
+            return
+        answers = [self.teacher(batch, self.progress) for batch in batches]
+        for answer, batch in zip(answers, batches, strict=True):
+            refuse_bad_logits(answer, batch)
+        if self._objective.needs & FEATURES or any("labels" not in batch for batch in batches):
+            return  # its logits are not what is learned from, or there is nothing to score them by
+        theirs = [answer.logits for answer in answers if answer.logits is not None]
+        ours = logits_in_eval_mode(self.model, [self.student_view(batch, training=False) for batch in batches])
+        refuse_other_shapes(ours, theirs)
+        kind = self._objective.problem_type
+        self.teacher_scores = report(score(theirs, batches, kind), score(ours, batches, kind), len(rows), kind)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Older checkpoints go only after the new one is marked whole, or a kill in between leaves none
@@ -354,32 +462,24 @@ class DistillationTrainer(Trainer):
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._objective.attached is not None and self._unequip is not None:
+            state_dict = without_attached(state_dict or self.accelerator.unwrap_model(self.model).state_dict())
         # The stock method pickles the arguments beside the weights, token included
         token, self.args.hub_token = self.args.hub_token, None
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        if self.args.should_save:
+            save_attached(self._objective, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_attached(self._objective, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_attached(self._objective, str(self.state.best_model_checkpoint))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(NO_PUSH)
-
-
-def with_example_ids(dataset: Any) -> Any:
-    """Rows numbered where they are not: keyed randomness needs a name for every example.
-
-    Raises TypeError for rows that cannot be numbered (a torch data set without `example_id`).
-    """
-    if dataset is None or isinstance(dataset, str):
-        return dataset
-    if isinstance(dataset, dict):
-        return {name: with_example_ids(part) for name, part in dataset.items()}
-    if hasattr(dataset, "column_names"):
-        ready = "example_id" in (dataset.column_names or [])
-        return dataset if ready else dataset.add_column("example_id", list(range(len(dataset))))
-    if hasattr(dataset, "__len__") and "example_id" not in dataset[0]:
-        raise TypeError(
-            f"rows of {type(dataset).__name__} need an `example_id` (the row number), which keys their random masks: add it, "
-            "or pass a datasets.Dataset, where it is added for you"
-        )
-    return dataset
