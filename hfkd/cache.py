@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hfkd.fingerprint import content_hash, is_list, list_lengths, one_array, processing_hash
 from hfkd.outputs import Progress, TeacherOutput
-from hfkd.teachers import Teacher, answers_classes
+from hfkd.records import file_hash, read_json, weights_hash, write_json
+from hfkd.teachers import Teacher
+from hfkd.teachers.asking import answers_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +37,6 @@ CHUNK_ROWS = 512  # rows that a kill can cost
 MOST_CHUNKS = 500  # each is an open file while the cache is put together
 COLUMNS = {"logits": "teacher_logits", "features": "teacher_features"}
 DTYPES = ("float16", "float32", "float64")
-TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 # What counts as the same answer, relative to the row's largest: batches of other rows round differently
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 5e-2}
 SAME = ("format", "teacher", "weights", "processing", "columns", "rows", "data", "dtype", "features", "view")
@@ -122,7 +122,7 @@ def load_cache(
     _refuse_present(dataset, manifest["features"])
     found: dict[str, Any] = {"rows": len(dataset), "columns": [n for n in manifest["columns"] if n in dataset.features]}
     _refuse_different(directory, manifest, found)
-    found["data"] = _content(dataset, manifest["columns"])[0]
+    found["data"] = content_hash(dataset, manifest["columns"])[0]
     if processing_class is not None:
         found["processing"] = processing_hash(processing_class)
     if teacher is not None:
@@ -168,32 +168,6 @@ def verify_cache(
 # ---- what the answers depend on ----
 
 
-def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {weights[name].dtype} {tuple(weights[name].shape)}".encode())
-        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def processing_hash(processing_class: Any) -> str | None:
-    """sha256 of what a tokenizer or image processor does to its input. None for None.
-
-    Truncation and padding are left out: every call of a fast tokenizer sets them, and the rows' values show them.
-    """
-    if processing_class is None:
-        return None
-    if getattr(processing_class, "backend_tokenizer", None) is not None:
-        settings = json.loads(processing_class.backend_tokenizer.to_str())
-        settings |= {"truncation": None, "padding": None}
-    elif hasattr(processing_class, "get_vocab"):
-        settings = {"vocabulary": processing_class.get_vocab(), "class": type(processing_class).__name__}
-    else:
-        settings = {name: value for name, value in processing_class.to_dict().items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _about_teacher(teacher: Teacher) -> dict[str, Any]:
     hashes = [weights_hash(weights) for weights in teacher.weights()]
     config = {} if not answers_classes(getattr(teacher, "model", None)) else _class_settings(teacher.config)
@@ -222,87 +196,6 @@ def _dtypes(facts: Mapping[str, Any]) -> list[str]:
     return [facts["dtype"], *(name for member in facts["members"] for name in _dtypes(member))]
 
 
-def _content(dataset: Dataset, columns: Sequence[str]) -> tuple[str, dict[str, np.ndarray]]:
-    """sha256 over the values of these columns in row order, and the length of each row in those that hold lists.
-
-    Never the data set's own fingerprint, which changes with file times. Hashed in slices of a fixed number of rows, so that
-    neither the chunks of the table nor an indices mapping matters; whole numbers of any width are the same numbers.
-    """
-    from datasets import Image
-    from datasets.table import embed_table_storage
-
-    digest = hashlib.sha256()
-    lengths: dict[str, list[np.ndarray]] = {name: [] for name in columns}
-    plain = dataset.select_columns(list(columns)).with_format("arrow")
-    images = any(isinstance(feature, Image) for feature in plain.features.values())
-    digest.update(json.dumps([list(columns), len(dataset)]).encode())
-    for table in plain.iter(1000):
-        if images:
-            table = embed_table_storage(table)  # an image file's bytes, not its path
-        for name in columns:
-            array = _one_array(table[name])
-            _update(digest, array)
-            if _is_list(array.type):
-                lengths[name].append(_lengths(array))
-    return digest.hexdigest(), {name: np.concatenate(parts) for name, parts in lengths.items() if parts}
-
-
-def _update(digest: Any, array: pa.Array) -> None:
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    kind = array.type
-    if array.null_count:
-        digest.update(b"missing" + np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-    if pa.types.is_struct(kind):
-        # An image is its bytes; its path says where it once lay
-        names = [field.name for field in kind]
-        for name in ["bytes"] if set(names) == {"bytes", "path"} else names:
-            digest.update(name.encode())
-            _update(digest, pc.struct_field(array, name))
-    elif pa.types.is_dictionary(kind):
-        _update(digest, array.dictionary_decode())
-    elif _is_list(kind):
-        digest.update(b"list" + _lengths(array).tobytes())
-        _update(digest, array.flatten())
-    elif any(is_text(kind) for is_text in TEXTS):
-        values = array.cast(pa.large_binary()).fill_null(b"")
-        offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
-        data = values.buffers()[2]
-        digest.update(b"text" + np.diff(offsets).tobytes())
-        digest.update(b"" if data is None else data[int(offsets[0]) : int(offsets[-1])])
-    elif pa.types.is_null(kind):
-        digest.update(f"null {len(array)}".encode())
-    else:
-        _update_numbers(digest, array)
-
-
-def _update_numbers(digest: Any, array: pa.Array) -> None:
-    kind = array.type
-    if pa.types.is_boolean(kind):
-        array = array.cast(pa.uint8())
-    if pa.types.is_floating(kind):
-        numbers = array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
-    elif pa.types.is_boolean(kind) or pa.types.is_integer(kind):
-        numbers = array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    else:  # dates, decimals
-        _update(digest, array.cast(pa.string()))
-        return
-    digest.update(numbers.dtype.kind.encode() + numbers.tobytes())
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _one_array(column: Any) -> pa.Array:
-    combined = column.combine_chunks()
-    return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)
-
-
-def _lengths(array: pa.Array) -> np.ndarray:
-    return pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
 # ---- batches ----
 
 
@@ -324,7 +217,7 @@ class _Inputs:
                 f"the collator makes the view {view!r}: cached answers would be compared with other random inputs in every "
                 "epoch; cache with a deterministic collator (view 'plain'), or use ModelTeacher in the training loop"
             )
-        self.content, self.lengths = _content(dataset, self.columns)
+        self.content, self.lengths = content_hash(dataset, self.columns)
         self.collator = collator
         self.transformed = (dataset.format["type"] or "") == "custom"
         self.dataset = dataset if self.transformed else dataset.select_columns(list(self.columns))
@@ -361,7 +254,7 @@ class _Inputs:
         return default_data_collator(examples)
 
     def _padded(self, table: pa.Table) -> dict[str, Tensor]:
-        arrays = {name: _one_array(table[name]) for name in self.columns}
+        arrays = {name: one_array(table[name]) for name in self.columns}
         batch = {}
         for name, array in arrays.items():
             fill = self.padding if name.endswith("input_ids") else 0
@@ -373,7 +266,9 @@ class _Inputs:
             batch[name] = torch.from_numpy(values)
             mask = name.removesuffix("input_ids") + "attention_mask"
             if name.endswith("input_ids") and mask not in arrays:
-                batch[mask] = torch.from_numpy((np.arange(values.shape[1]) < _lengths(array)[:, None]).astype(np.int64))
+                batch[mask] = torch.from_numpy(
+                    (np.arange(values.shape[1]) < list_lengths(array)[:, None]).astype(np.int64)
+                )
         return batch
 
     def refuse_random(self, batch_size: int) -> None:
@@ -398,10 +293,10 @@ def _dense(array: pa.Array, fill: int | None) -> np.ndarray:
     """Nested lists as one array (rows, ...); shorter lists are filled up on the right."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
-    if not _is_list(array.type):
+    if not is_list(array.type):
         numbers = array.to_numpy(zero_copy_only=False)
         return numbers.astype(np.int64) if numbers.dtype.kind in "iu" else numbers.copy()
-    lengths, inner = _lengths(array), _dense(array.flatten(), fill)
+    lengths, inner = list_lengths(array), _dense(array.flatten(), fill)
     if len(set(lengths.tolist())) == 1:
         return inner.reshape(len(lengths), int(lengths[0]), *inner.shape[1:])
     if fill is None:
@@ -540,13 +435,13 @@ def _working_folder(directory: Path) -> Iterator[Path]:
 
 def _begin(folder: Path, expected: dict[str, Any]) -> None:
     """Raises ValueError when the folder holds finished chunks of another cache."""
-    found = _read_json(folder / MANIFEST)
+    found = read_json(folder / MANIFEST)
     if found is not None and any(folder.glob("rows-*.arrow")):
         _refuse_different(folder, found, {name: expected[name] for name in (*SAME, "batch_size")})
         return
     for path in folder.glob("rows-*"):
         path.unlink()
-    _write_json(folder / MANIFEST, expected)
+    write_json(folder / MANIFEST, expected)
 
 
 def _write_chunks(folder: Path, inputs: _Inputs, answer: Any, batch_size: int, dtype: str) -> list[Path]:
@@ -605,7 +500,7 @@ def _assemble(folder: Path, chunks: list[Path], directory: Path, expected: dict[
     shutil.rmtree(final, ignore_errors=True)
     whole.select(order).save_to_disk(final)
     files = sorted(path for path in final.iterdir())
-    _write_json(final / MANIFEST, {**expected, "files": {path.name: _file_hash(path) for path in files}})
+    write_json(final / MANIFEST, {**expected, "files": {path.name: file_hash(path) for path in files}})
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -627,7 +522,7 @@ def _is_finished(directory: Path, expected: dict[str, Any]) -> bool:
 
 def _finished_manifest(directory: Path) -> dict[str, Any]:
     """Raises ValueError for a cache that is not there, unfinished or damaged."""
-    manifest = _read_json(directory / MANIFEST)
+    manifest = read_json(directory / MANIFEST)
     if manifest is None and _unfinished(directory).is_dir():
         raise ValueError(f"{directory} is unfinished: call cache_teacher again with the same arguments, it goes on")
     if manifest is None:
@@ -638,7 +533,7 @@ def _finished_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} has format {manifest['format']}, this hfkd reads {FORMAT}: cache again")
     for name, digest in manifest["files"].items():
         path = directory / name
-        if not path.is_file() or _file_hash(path) != digest:
+        if not path.is_file() or file_hash(path) != digest:
             what = "damaged or truncated" if path.is_file() else "missing"
             raise ValueError(f"{directory}: {name} is {what}: delete the directory and cache again")
     return manifest
@@ -685,24 +580,3 @@ def _attach(dataset: Dataset, directory: Path) -> Dataset:
     columns = [*dataset.format["columns"], *answers.column_names]
     kept = {"columns": columns, "output_all_columns": dataset.format["output_all_columns"]}
     return attached.with_format(dataset.format["type"], **kept, **dataset.format["format_kwargs"])
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from hfkd import cache
-from hfkd.cache import cache_teacher, load_cache, processing_hash, verify_cache
+from hfkd.cache import cache_teacher, load_cache, verify_cache
 from hfkd.data.collate import KeyedCollator
+from hfkd.fingerprint import content_hash, processing_hash
 from hfkd.outputs import TeacherOutput
 from hfkd.teachers import AdapterTeacher, CachedTeacher, EnsembleTeacher, ModelTeacher
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
@@ -242,8 +243,8 @@ def test_images_are_known_by_their_bytes_not_their_place(tmp_path):
         )
         for place in ("here", "there")
     )
-    assert cache._content(here, ["image"])[0] == cache._content(there, ["image"])[0]
-    assert cache._content(here, ["image"])[0] != cache._content(there.select([0, 2, 1]), ["image"])[0]
+    assert content_hash(here, ["image"])[0] == content_hash(there, ["image"])[0]
+    assert content_hash(here, ["image"])[0] != content_hash(there.select([0, 2, 1]), ["image"])[0]
 
 
 # ---- the manifest ----
@@ -273,7 +274,7 @@ def test_equal_rows_have_one_hash_and_others_another():
     columns = list(plain)
 
     def content(dataset):
-        return cache._content(dataset, columns)[0]
+        return content_hash(dataset, columns)[0]
 
     dataset = Dataset.from_dict(plain)
     first = content(dataset)
@@ -308,9 +309,9 @@ def test_slices_at_any_place_have_the_same_hash(kind, tmp_path):
     parts = concatenate_datasets([long.select(range(0, 700)), long.select(range(700, 2500))])
     long.save_to_disk(tmp_path / "saved", num_shards=3)
     for other in (parts, load_from_disk(str(tmp_path / "saved"))):
-        assert cache._content(other, columns)[0] == cache._content(long, columns)[0]
+        assert content_hash(other, columns)[0] == content_hash(long, columns)[0]
     one, other = long.select(range(10, 20)), Dataset.from_list([long[i] for i in range(10, 20)])
-    assert cache._content(one, columns)[0] == cache._content(other, columns)[0]
+    assert content_hash(one, columns)[0] == content_hash(other, columns)[0]
 
 
 def test_tokenizers_are_told_apart_by_what_they_do():

@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfkd.records import file_hash, read_json, weights_hash, write_json
 from hfkd.trainers import checkpoints
-from hfkd.trainers.checkpoints import (
-    MANIFEST,
-    file_hash,
-    last_whole_checkpoint,
-    mark_whole,
-    odd_files,
-    read_json,
-    weights_hash,
-    write_json,
-)
+from hfkd.trainers.checkpoints import MANIFEST, last_whole_checkpoint, mark_whole, odd_files
 
 
 @pytest.fixture

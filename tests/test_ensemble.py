@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import RobertaForSequenceClassification, RobertaForTokenClassification, RobertaModel
 
 from hfkd.outputs import Progress, TeacherOutput
-from hfkd.teachers import EnsembleTeacher, ModelTeacher, Teacher, keyed_choice, voted
+from hfkd.teachers import EnsembleTeacher, ModelTeacher, Teacher
+from hfkd.teachers.ensemble import keyed_choice, voted
 from hfkd.testing import check_teacher, tiny_roberta_config
 
 

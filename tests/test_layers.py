@@ -26,12 +26,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hub": (),
     "objectives": ("functional", "outputs"),
     "teachers": ("outputs", "functional", "models.projections"),
-    "cache": ("teachers", "outputs"),
+    "cache": ("teachers", "outputs", "fingerprint", "records"),
+    "fingerprint": (),
+    "records": (),
     "regularized": ("functional", "outputs", "objectives"),
     "diagnostics": ("functional",),
     "testing": EVERYTHING,
     "trainers": (
-        *("objectives", "teachers", "hub", "outputs", "functional", "models.projections"),
+        *("objectives", "teachers", "hub", "outputs", "functional", "models.projections", "records"),
         *("data.collate", "data.rows", "data.sampler", "data.text", "diagnostics.callback"),
     ),
 }

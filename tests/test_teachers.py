@@ -21,10 +21,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hfkd import teachers
 from hfkd.objectives import SelfDistill
 from hfkd.outputs import TeacherOutput
-from hfkd.teachers import AdapterTeacher, CachedTeacher, ModelTeacher, Teacher, fast_bfloat16
+from hfkd.teachers import AdapterTeacher, CachedTeacher, ModelTeacher, Teacher
+from hfkd.teachers import model as teachers
+from hfkd.teachers.adapter import adapter_off
+from hfkd.teachers.labels import label_order
+from hfkd.teachers.model import fast_bfloat16
 from hfkd.testing import check_teacher, tiny_roberta_config
 
 
@@ -396,8 +399,8 @@ def test_labels_are_mapped_the_other_way_round(order):
 
 def test_blanks_and_case_do_not_separate_classes():
     """'Not entailment' and 'not Entailment' are one class, and an error there makes people disable the check."""
-    assert teachers.label_order(named(["B  c", " a"]), named(["A", "bC"])) == [1, 0]
-    assert teachers.label_order(named(["a", "A"]), named(["A", "a"])) == [1, 0]  # where only case separates, it does
+    assert label_order(named(["B  c", " a"]), named(["A", "bC"])) == [1, 0]
+    assert label_order(named(["a", "A"]), named(["A", "a"])) == [1, 0]  # where only case separates, it does
 
 
 def test_other_classes_are_refused_with_both_lists():
@@ -535,7 +538,7 @@ def test_asking_leaves_the_student_as_it_was():
     class Broken(Exception):
         pass
 
-    with pytest.raises(Broken), teachers.adapter_off(student):
+    with pytest.raises(Broken), adapter_off(student):
         raise Broken
     assert flags(student) == before
 

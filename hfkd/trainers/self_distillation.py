@@ -22,9 +22,11 @@ from hfkd.functional import weight_distance
 from hfkd.hub import CardFacts, write_card
 from hfkd.objectives.objective import Objective
 from hfkd.objectives.self_distill import MaskedLM, SelfDistill
-from hfkd.teachers import ModelTeacher, load_named_architecture
+from hfkd.records import file_hash, read_json, weights_hash, write_json
+from hfkd.teachers import ModelTeacher
+from hfkd.teachers.model import load_named_architecture
 from hfkd.trainers.arguments import SelfDistillationArguments
-from hfkd.trainers.checkpoints import file_hash, last_whole_checkpoint, odd_files, read_json, weights_hash, write_json
+from hfkd.trainers.checkpoints import last_whole_checkpoint, odd_files
 from hfkd.trainers.distillation import DistillationTrainer
 
 logger = logging.get_logger(__name__)
