@@ -31,3 +31,17 @@ def test_masked_lm_step_compares_both_sides(tmp_path):
     assert max(numbers["differences"].values()) <= 1e-4
     assert set(numbers["headline"].values()) <= measured
     assert "step ratio" in run.stdout and "memory ratio" in run.stdout
+
+
+@pytest.mark.launch
+def test_the_distillation_benchmark_measures_every_side(tmp_path):
+    """A benchmark that no longer runs, or compares sides that learn other things, keeps a claim alive that nobody checks."""
+    path = tmp_path / "numbers.json"
+    tiny = ["--student", "1", "32", "--teacher", "1", "64", "--vocab_size", "30522", "--steps", "2", "--blocks", "1"]
+    short = ["--batch_size", "8", "--length", "16", "--rows", "40", "--leak_steps", "20", "--json", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "distillation_step.py"), *tiny, *short]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    found = json.loads(path.read_text())
+    assert {"copied snippet", "hfkd, online", "hfkd, cached", "hfkd, five cached"} <= found["step"].keys()
+    assert all(seconds > 0 for part in ("step", "padding", "cache") for seconds in found[part].values())
+    assert found["leak"]["last_fifth_mib"] > 0

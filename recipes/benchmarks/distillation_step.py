@@ -20,15 +20,13 @@ short blocks. Ratios and targets:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,8 @@ from hfkd import DistillationArguments, DistillationTrainer
 from hfkd.cache import cache_teacher
 from hfkd.data.text import load_text, tokenize
 from hfkd.objectives import KD
-from hfkd.teachers import CachedTeacher, EnsembleTeacher, ModelTeacher, fast_bfloat16
+from hfkd.teachers import CachedTeacher, EnsembleTeacher, ModelTeacher
+from hfkd.teachers.model import fast_bfloat16
 from hfkd.testing import tiny_roberta_config, tiny_tokenizer
 
 WARM_UP_STEPS = 2
@@ -58,6 +57,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("hfkd").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     parts = {"step": step, "padding": padding, "cache": cache, "leak": leak, "agreement": agreement}
     chosen = arguments.only or [name for name in PARTS if name not in ("leak", "agreement")]
     if arguments.leak_steps and "leak" not in chosen:
@@ -187,15 +187,9 @@ def trained(kind: Any, rows: Any, arguments: argparse.Namespace, folder: Path, s
         **collator,
         **more,
     )
-    with silent():
-        trainer.train()
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
     return watch.taken[WARM_UP_STEPS - 1 :]
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 def bare_steps(arguments: argparse.Namespace, rows: Any, steps: int, teacher: Any = None) -> list[float]:
@@ -230,9 +224,25 @@ def bare_steps(arguments: argparse.Namespace, rows: Any, steps: int, teacher: An
 # ---- the step ----
 
 
+def check_same_loss(arguments: argparse.Namespace, rows: Any, teacher: Any) -> float:
+    """The relative difference of the two sides' losses on one batch, without dropout. Raises ValueError above 1e-5."""
+    batch = {
+        name: torch.tensor(rows[name][: arguments.batch_size]) for name in ("input_ids", "attention_mask", "labels")
+    }
+    student = student_of(arguments).eval()
+    theirs = Snippet.compute_loss(argparse.Namespace(teacher=teacher), student, batch).item()
+    answer = ModelTeacher(teacher)({name: values for name, values in batch.items() if name != "labels"})
+    terms = KD(temperature=2.0, alpha=0.5)(student(**batch), answer, batch)
+    ours = sum(values.sum().item() for values in terms.values()) / arguments.batch_size
+    if abs(ours / theirs - 1) > 1e-5:
+        raise ValueError(f"the sides do not compute the same loss, so their cost does not compare: {ours} and {theirs}")
+    return abs(ours / theirs - 1)
+
+
 def step(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     rows = random_rows(arguments.batch_size * (arguments.steps + WARM_UP_STEPS), arguments)
     teacher, steps = teacher_of(arguments), arguments.steps
+    print(f"same loss on one batch: relative difference {check_same_loss(arguments, rows, teacher):.1e}")
     cached = with_logits(rows, [teacher_of(arguments, seed) for seed in range(1, 6)], folder, arguments)
     five = EnsembleTeacher([CachedTeacher(f"teacher_logits_{number}") for number in range(5)], combine="logits")
     auto = {"teacher_dtype": "auto"}
