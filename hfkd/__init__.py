@@ -21,6 +21,7 @@ _HOME = {
     "LogitMSE": "hfkd.objectives",
     "MiniLMRelations": "hfkd.objectives",
     "Objective": "hfkd.objectives",
+    "PseudoLabel": "hfkd.objectives",
     "RelationalKD": "hfkd.objectives",
     "SelfDistill": "hfkd.objectives",
     "Progress": "hfkd.outputs",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from hfkd.objectives import LogitMSE as LogitMSE
     from hfkd.objectives import MiniLMRelations as MiniLMRelations
     from hfkd.objectives import Objective as Objective
+    from hfkd.objectives import PseudoLabel as PseudoLabel
     from hfkd.objectives import RelationalKD as RelationalKD
     from hfkd.objectives import SelfDistill as SelfDistill
     from hfkd.outputs import Progress as Progress

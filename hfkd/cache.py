@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ COLUMNS = {"logits": "teacher_logits", "features": "teacher_features"}
 DTYPES = ("float16", "float32", "float64")
 # What counts as the same answer, relative to the row's largest: batches of other rows round differently
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 5e-2}
-SAME = ("format", "teacher", "weights", "processing", "columns", "rows", "data", "dtype", "features", "view")
+SAME = ("format", "teacher", "weights", "processing", "columns", "rows", "data", "dtype", "features", "view", "config")
 
 
 def cache_teacher(
@@ -63,7 +64,7 @@ def cache_teacher(
     The directory is a data set of its own (`datasets.load_from_disk`), in row order, with the row number as example_id, and
     holds no local path. Classes stand in the teacher's order; `CachedTeacher(cache=directory)` knows their names. A call
     that was killed goes on where it was; a finished cache of the same teacher, rows and preprocessing is returned at once.
-    Several processes may call this: one works, the others wait for it.
+    Several processes of one machine may call this: one works, the others wait for it.
 
     collator: must be deterministic; None pads numbers with what the tokenizer (or the teacher's config) pads with.
     processing_class: the tokenizer or image processor that made the inputs; its settings are part of the manifest.
@@ -128,7 +129,7 @@ def load_cache(
     if teacher is not None:
         with _asked(teacher, manifest["features"], None):
             about = _about_teacher(teacher)
-        found |= {name: about[name] for name in ("teacher", "weights")}
+        found |= {name: about[name] for name in ("teacher", "weights", "config")}
     _refuse_different(directory, manifest, found)
     return _attach(dataset, directory)
 
@@ -422,8 +423,11 @@ def _working_folder(directory: Path) -> Iterator[Path]:
     from filelock import FileLock
 
     folder = _unfinished(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Not in the folder: a lock that goes with the folder is one that two processes can hold
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"hfkd-{name}.lock"):
+        folder.mkdir(exist_ok=True)
         try:
             yield folder
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, make_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -42,3 +42,17 @@ class Progress:
     epoch: float = 0.0
     round: int = 0
     seed: int = 0
+
+
+_WIDER: dict[tuple[type, str], Any] = {}  # not functools.cache, which torch.compile warns of
+
+
+def with_entry(output: Any, name: str, value: Any) -> Any:
+    """A ModelOutput with one entry more, of a class that declares it: DDP and torch.compile take outputs apart and
+    rebuild them from the fields of their class."""
+    kind = type(output)
+    if not is_dataclass(kind):
+        return kind(**output, **{name: value})
+    if (kind, name) not in _WIDER:
+        _WIDER[kind, name] = make_dataclass(f"{kind.__name__}With_{name}", [(name, "Any", None)], bases=(kind,))
+    return _WIDER[kind, name](**output, **{name: value})

@@ -15,8 +15,8 @@ from hfkd import DistillationArguments, DistillationTrainer, SelfDistillationArg
 from hfkd.data.splits import low_resource_subset
 from hfkd.data.text import TEXT_TASKS, label_names, tokenize
 from hfkd.diagnostics.metrics import score
-from hfkd.regularized import MARS, R3F, RecAdam, noisy_model, recall_groups
 from hfkd.records import file_hash, read_json, write_json
+from hfkd.regularized import MARS, R3F, RecAdam, noisy_model, recall_groups
 from hfkd.trainers.self_distillation import rows_hash
 
 # What a result depends on besides data, weights and seed; a resumed run with other values is refused

@@ -41,9 +41,9 @@ from hfkd.objectives import Objective
 from hfkd.records import read_json, weights_hash, write_json
 from hfkd.teachers import CachedTeacher, ModelTeacher, Teacher
 from hfkd.teachers.labels import label_order
+from hfkd.teachers.model import tokenizer_of
 from hfkd.trainers.checkpoints import last_whole_checkpoint
 from hfkd.trainers.self_distillation import RECORDED
-from hfkd.trainers.teacher_check import tokenizer_of
 
 HERE = Path(__file__).resolve().parent
 METRICS = {

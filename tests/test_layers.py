@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "functional": (),
     "outputs": (),
     "data": (),
-    "models": (),
+    "models": ("outputs",),
     "hub": (),
     "objectives": ("functional", "outputs"),
     "teachers": ("outputs", "functional", "models.projections"),

@@ -14,8 +14,16 @@ from rounds_run import classifier_trainer
 from safetensors.torch import load_file
 
 from hfkd import DistillationArguments, DistillationTrainer
-from hfkd.objectives import KD, CrossEntropy, GeneralizedJSD, HiddenStates
-from hfkd.teachers import CachedTeacher, ModelTeacher
+from hfkd.objectives import (
+    KD,
+    AttentionMaps,
+    CrossEntropy,
+    GeneralizedJSD,
+    HiddenStates,
+    MiniLMRelations,
+    PseudoLabel,
+)
+from hfkd.teachers import CachedTeacher, EnsembleTeacher, ModelTeacher
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
 from hfkd.trainers.arguments import DistillationTrainingArguments
 
@@ -539,3 +547,188 @@ def test_the_inside_of_a_teacher_of_other_labels_teaches(tmp_path):
     assert len(losses(trainer)) == 4
     metrics = trainer.evaluate()
     assert "eval_distill_loss" in metrics and "eval_agreement" not in metrics
+
+
+# ---- found by trying to break it ----
+
+
+def test_the_teacher_sees_token_types_that_its_student_does_not_take(tmp_path):
+    """A BERT teacher that loses its token types reads every pair of texts as one text."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 50, "num_hidden_layers": 1, "num_labels": 2}
+    bert = transformers.BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16, **small)
+    teacher = transformers.BertForSequenceClassification(bert)
+    teacher.bert.embeddings.token_type_embeddings.weight.data *= 50
+    teacher.classifier.weight.data *= 50
+    distil = transformers.DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=16, num_labels=2)
+    student = transformers.DistilBertForSequenceClassification(distil)
+    rows = [{"input_ids": [2, 7, 3, 8, 9, 3], "attention_mask": [1] * 6, "token_type_ids": [0, 0, 0, 1, 1, 1]}] * 8
+    rows = datasets.Dataset.from_list([{**row, "labels": i % 2} for i, row in enumerate(rows)])
+    trainer = our_trainer(tmp_path, teacher, KD(), student, train_dataset=rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert "token_type_ids" in batch
+    expected = teacher(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}).logits
+    torch.testing.assert_close(trainer.teacher(batch).logits, expected)
+    without = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert float((without - expected).abs().max()) > 1e-4
+
+
+def test_what_the_labels_show_is_noted_in_the_students_config(tmp_path):
+    """A saved multi-label student without its problem type gets a softmax from every pipeline."""
+    rows = [{**row, "labels": [1.0, 0.0, float(i % 2)]} for i, row in enumerate(tiny_rows(16))]
+    trainer = our_trainer(tmp_path, train_dataset=datasets.Dataset.from_list(rows))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["problem_type"] == "multi_label_classification"
+
+
+def test_a_multi_label_ensemble_averages_sigmoids(tmp_path):
+    """Members that do not say so were averaged as if one label excluded the others."""
+    rows = [{**row, "labels": [1.0, 0.0, float(i % 2)]} for i, row in enumerate(tiny_rows(16))]
+    members = [classifier(seed) for seed in (1, 2)]
+    trainer = our_trainer(tmp_path, EnsembleTeacher(members), KD(), train_dataset=datasets.Dataset.from_list(rows))
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    mean = sum(torch.sigmoid(member(**inputs).logits) for member in members) / 2
+    torch.testing.assert_close(torch.sigmoid(trainer.teacher(batch).logits), mean)
+
+
+def test_a_softmax_teacher_does_not_teach_a_sigmoid_student(tmp_path):
+    """The numbers have the same shape, and nothing fails."""
+    teacher = classifier(1, problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="(?s)single_label.*multi_label"):
+        our_trainer(tmp_path, teacher, KD())
+
+
+@pytest.mark.parametrize("objective", [HiddenStates(), AttentionMaps(), MiniLMRelations()])
+def test_two_tokenizers_have_no_common_positions(tmp_path, objective):
+    """Token 5 of one side is another word on the other: hidden states of unlike words are pulled together."""
+    rows = labelled_rows()
+    rows = rows.add_column("teacher_input_ids", rows["input_ids"][:])
+    with pytest.raises(ValueError, match="position by position"):
+        our_trainer(tmp_path, classifier(1), objective, train_dataset=rows)
+
+
+def test_a_search_over_the_objectives_settings_reaches_it(tmp_path):
+    """A search whose trials are all the same run prints a best temperature all the same."""
+    seen = []
+
+    class Note(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((round(args.temperature, 6), round(trainer._objective.temperature, 6)))
+
+    trainer = our_trainer(
+        tmp_path, classifier(1), model_init=lambda: classifier(0), eval_dataset=labelled_rows(16), callbacks=[Note()]
+    )
+    space = lambda trial: {"temperature": trial.suggest_float("temperature", 1.0, 9.0)}  # noqa: E731
+    trainer.hyperparameter_search(hp_space=space, n_trials=2, backend="optuna")
+    assert len({ours for _, ours in seen}) == 2 and all(asked == ours for asked, ours in seen)
+    fixed = our_trainer(tmp_path, classifier(1), KD(), model_init=lambda: classifier(0), eval_dataset=labelled_rows(16))
+    with pytest.raises(ValueError, match="search changes"):
+        fixed.hyperparameter_search(hp_space=space, n_trials=1, backend="optuna")
+
+
+def test_the_snippets_own_arguments_class_is_understood(tmp_path):
+    """Whoever keeps their copy of the arguments and takes our trainer got alpha 0.5 and temperature 2, whatever they asked."""
+    args = copied_snippet.DistillationTrainingArguments(**values(tmp_path, alpha=0.1, temperature=7.0))
+    with pytest.warns(FutureWarning, match="alpha=0.9"):
+        trainer = DistillationTrainer(
+            classifier(0), args, None, labelled_rows(), processing_class=tiny_tokenizer(), teacher=classifier(1)
+        )
+    assert trainer.objective.alpha == pytest.approx(0.9) and trainer.objective.temperature == 7
+
+
+def test_copies_of_the_snippets_arguments_keep_their_alpha(tmp_path):
+    """alpha turned round twice is the other term's weight."""
+    import dataclasses
+
+    with pytest.warns(FutureWarning):
+        args = DistillationTrainingArguments(output_dir=str(tmp_path), alpha=0.3)
+    assert dataclasses.replace(args, seed=7).alpha == pytest.approx(0.7)
+    with pytest.warns(FutureWarning):
+        (parsed,) = transformers.HfArgumentParser(DistillationTrainingArguments).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path)]
+        )
+    assert (parsed.alpha, parsed.temperature) == (0.5, 2.0)
+
+
+def test_a_metric_that_ends_in_loss_stays(tmp_path):
+    """eval_log_loss overwritten by eval_loss, and eval_loss left at a mean of batch means."""
+    trainer = our_trainer(tmp_path, compute_metrics=lambda _: {"log_loss": 42.0}, eval_dataset=labelled_rows(12))
+    metrics = trainer.evaluate()
+    assert metrics["eval_log_loss"] == 42.0 and metrics["eval_loss"] == pytest.approx(1.0986, abs=0.05)
+
+
+def test_streamed_rows_train_with_a_teacher(tmp_path):
+    """Data sets that do not fit are why people stream."""
+    rows = labelled_rows().to_iterable_dataset()
+    assert len(losses(our_trainer(tmp_path, classifier(1), KD(), train_dataset=rows, max_steps=3))) == 3
+    several = [{**row, "labels": [1.0, 0.0, 1.0]} for row in tiny_rows(16)]
+    streamed = datasets.Dataset.from_list(several).to_iterable_dataset()
+    trainer = our_trainer(tmp_path, train_dataset=streamed, max_steps=2)
+    assert trainer.objective.problem_type == "multi_label_classification"
+    assert len(losses(trainer)) == 2
+
+
+def test_evaluation_rows_need_no_numbers(tmp_path):
+    """A list or a stream to evaluate on is nothing that a teacher has a say in."""
+    for rows in ([*labelled_rows(8)], labelled_rows(8).to_iterable_dataset()):
+        metrics = our_trainer(tmp_path, classifier(1), KD(), eval_dataset=rows).evaluate()
+        assert metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_projections_train_twice_and_compiled(tmp_path, compiled):
+    """A second train() with an optimizer that lacks the projections, or a compiled output that loses its logits."""
+    teacher = classifier(1, hidden_size=32)
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    trainer = our_trainer(tmp_path, teacher, HiddenStates(), **settings)
+    first = losses(trainer)
+    before = trainer.objective.attached.maps[0].weight.clone()
+    second = losses(trainer)
+    assert second[0] < first[0] and not torch.equal(trainer.objective.attached.maps[0].weight, before)
+
+
+def test_one_teacher_serves_many_trainers(tmp_path):
+    """A loop over seeds with one teacher: hooks that stay behind stop the second run."""
+    teacher = classifier(1)
+    for _ in range(2):
+        assert len(losses(our_trainer(tmp_path, teacher, MiniLMRelations()))) == 4
+    assert not any(module._forward_hooks for module in teacher.modules() if "qkv" in str(module._forward_hooks))
+    assert len(losses(our_trainer(tmp_path, teacher, KD()))) == 4
+
+
+def test_votes_teach_through_pseudo_labels(tmp_path):
+    """A vote has labels and no logits: without an objective that reads them the ensemble is of no use."""
+    for combine in ("vote", "sample"):
+        ensemble = EnsembleTeacher([classifier(seed) for seed in (1, 2, 3)], combine=combine)
+        rows = labelled_rows().remove_columns("labels")
+        assert len(losses(our_trainer(tmp_path, ensemble, PseudoLabel(), train_dataset=rows))) == 4
+
+
+def test_predictions_come_in_the_order_of_the_rows(tmp_path):
+    """The stock sampler groups evaluation rows by length too: predictions belong to other rows, and nothing says so."""
+    trainer = our_trainer(tmp_path, train_sampling_strategy="group_by_length")
+    found = trainer.predict(labelled_rows(16))
+    assert found.label_ids.tolist() == [i % 3 for i in range(16)]
+
+
+def test_grouping_by_length_sees_rows_that_a_transform_makes(tmp_path):
+    """Rows tokenized on the fly have no column of tokens to measure."""
+    plain = labelled_rows()
+    columns = {name: plain[name][:] for name in plain.column_names}
+    made = datasets.Dataset.from_dict({"number": list(range(32))}).with_transform(
+        lambda batch: {name: [values[i] for i in batch["number"]] for name, values in columns.items()}
+    )
+    trainer = our_trainer(
+        tmp_path, train_dataset=made, train_sampling_strategy="group_by_length", remove_unused_columns=False
+    )
+    assert len(losses(trainer)) == 4
+
+
+def test_a_slice_without_a_label_does_not_stop_training(tmp_path):
+    """Token data often begins with rows of which nothing is labelled."""
+    rows = [{**row, "labels": [-100] * len(row["input_ids"])} for row in tiny_rows(32)]
+    student, teacher = (transformers.RobertaForTokenClassification(tiny_roberta_config(num_labels=3)) for _ in range(2))
+    trainer = our_trainer(tmp_path, teacher, KD(), student, train_dataset=datasets.Dataset.from_list(rows))
+    assert losses(trainer) == [0.0] * 4 and trainer.teacher_scores is None

@@ -1,20 +1,45 @@
-"""What the trainer asks of rows: a number for each, and what their labels look like."""
+"""What the trainer asks of rows: a number for each, their lengths, and what their labels look like."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def label_of_first_row(dataset: Any) -> Any:
-    """The label of row 0, where the data can be read by number; None otherwise."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
-        return None
-    row = dataset[0]
-    return next((row[name] for name in ("labels", "label") if name in row), None) if hasattr(row, "keys") else None
+def label_of_first_row(*datasets: Any) -> Any:
+    """The label of the first row of the first data set that shows one; None where none does.
+
+    A torch IterableDataset is not looked into: its rows may not come twice.
+    """
+    for dataset in datasets:
+        row = first_row(next(iter(dataset.values()), None) if isinstance(dataset, dict) else dataset)
+        found = next((row[name] for name in ("labels", "label") if name in row), None) if hasattr(row, "keys") else None
+        if found is not None:
+            return found
+    return None
 
 
-def is_float(value: Any) -> bool:
-    return isinstance(value, float) or "float" in str(getattr(value, "dtype", ""))
+def first_row(dataset: Any) -> Any:
+    if hasattr(dataset, "__len__"):
+        return dataset[0] if len(dataset) else None
+    return next(iter(dataset), None) if hasattr(dataset, "column_names") else None  # a stream of `datasets`
+
+
+def problem_type_of_label(label: Any) -> str:
+    """As transformers' heads guess it from a batch: several floats are several labels (one number is regression only
+    where the head has one output, which its configuration says)."""
+    several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) == 1
+    floats = several and len(label) and (isinstance(label[0], float) or "float" in str(getattr(label[0], "dtype", "")))
+    return "multi_label_classification" if floats else "single_label_classification"
+
+
+def lengths_of(dataset: Any, name: str, length_column: str | None = None) -> list[int]:
+    """Tokens of each row: of the column `name`, or what `length_column` says where the data has it."""
+    columns = getattr(dataset, "column_names", None) or []
+    if length_column in columns:
+        return list(dataset[length_column])
+    if name in columns:
+        return [len(row) for row in dataset.select_columns(name).with_format(None)[name]]
+    return [len(row[name]) for row in dataset]  # made on the fly, by a transform
 
 
 def with_example_ids(dataset: Any) -> Any:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import make_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hfkd.outputs import with_entry
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 
@@ -145,22 +146,11 @@ class _Kept:
             raise TypeError(f"{type(model).__name__} answered {type(output).__name__}: qkv needs return_dict=True")
         if "qkv" in output:
             raise RuntimeError("the model answers with qkv already: remove() the earlier hooks first")
-        return _with_qkv(type(output))(**output, qkv=self.take())
+        return with_entry(output, "qkv", self.take())
 
     def __reduce__(self) -> Any:
         # copies start empty: tensors that are part of a graph can be neither copied nor pickled
         return type(self), (self.layers,)
-
-
-_OUTPUT_CLASSES: dict[type, Any] = {}
-
-
-def _with_qkv(output_class: type) -> Any:
-    """A class of its own, because DDP takes outputs apart and rebuilds them from the fields that their class declares."""
-    if output_class not in _OUTPUT_CLASSES:  # a dictionary, because torch.compile warns of functools.cache
-        name, field = f"{output_class.__name__}WithQKV", ("qkv", "tuple | None", None)
-        _OUTPUT_CLASSES[output_class] = make_dataclass(name, [field], bases=(output_class,))
-    return _OUTPUT_CLASSES[output_class]
 
 
 def _attentions(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:

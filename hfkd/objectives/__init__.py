@@ -11,6 +11,7 @@ from hfkd.objectives.kd import KD
 from hfkd.objectives.logit_mse import LogitMSE
 from hfkd.objectives.minilm_relations import MiniLMRelations
 from hfkd.objectives.objective import Objective
+from hfkd.objectives.pseudo_label import PseudoLabel
 from hfkd.objectives.relational_kd import RelationalKD
 from hfkd.objectives.self_distill import MaskedLM, SelfDistill
 
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "hidden_states": HiddenStates,
     "attention_maps": AttentionMaps,
     "minilm_relations": MiniLMRelations,
+    "pseudo_label": PseudoLabel,
     "relational_kd": RelationalKD,
     "masked_lm": MaskedLM,
     "self_distill": SelfDistill,
@@ -43,6 +45,7 @@ __all__ = [
     "MaskedLM",
     "MiniLMRelations",
     "Objective",
+    "PseudoLabel",
     "RelationalKD",
     "SelfDistill",
 ]

@@ -42,6 +42,7 @@ class AttentionMaps(FeatureDistillation):
     have and for unequal numbers of heads, and in a step where a model answered no maps.
     """
 
+    token_by_token = True
     paper = "2002.10957"
     equation = r"L = (1 - \alpha) \, \mathrm{CE} + \alpha \, \mathrm{mean}_{l, h, i} \, d(A^s_{l,h,i}, A^t_{l,h,i})"
 

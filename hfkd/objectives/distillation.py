@@ -90,7 +90,10 @@ def checked_weight(name: str, value: float) -> float:
 def logits_of(teacher: TeacherOutput, student: StudentOutput) -> Tensor:
     """The teacher's logits, detached. Raises ValueError where there are none, or of another shape than the student's."""
     if teacher.logits is None:
-        raise ValueError("the teacher answered no logits: use a model with a head, or a CachedTeacher with logits")
+        raise ValueError(
+            "the teacher answered no logits: use a model with a head, a CachedTeacher with logits, or, for an ensemble that "
+            "votes or draws labels, the objective PseudoLabel"
+        )
     if teacher.logits.shape != student.logits.shape:
         raise ValueError(
             f"the teacher's logits are {tuple(teacher.logits.shape)}, the student's {tuple(student.logits.shape)}: both "

@@ -94,13 +94,14 @@ def refuse_other_tokens(student: Tensor, teacher: Tensor, token_dim: int) -> Non
         )
 
 
-def token_mask(batch: Batch, tokens: Tensor) -> Tensor:
-    """(batch, tokens), 1 where there is no padding. tokens: (batch, tokens, width)."""
+def token_mask(batch: Batch, tokens: Tensor, view: str = "") -> Tensor:
+    """(batch, tokens), 1 where there is no padding. tokens: (batch, tokens, width). view: "teacher_" for its own tokens."""
     if tokens.dim() != 3:
         raise ValueError(
             f"states must be (batch, tokens, width), got {tuple(tokens.shape)}: no feature maps of convolutions"
         )
-    mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(tokens[:, :, 0].detach())
+    name = f"{view}attention_mask" if f"{view}input_ids" in batch else "attention_mask"
+    mask = batch[name] if name in batch else torch.ones_like(tokens[:, :, 0].detach())
     if mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"attention_mask is {tuple(mask.shape)}, the states are {tuple(tokens.shape)}: they must have the same tokens"

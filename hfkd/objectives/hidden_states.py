@@ -23,7 +23,7 @@ from hfkd.objectives.features import (
     token_mean,
     whole_layers,
 )
-from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput
+from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput, with_entry
 
 LOSSES = ("mse", "cosine")
 
@@ -44,6 +44,7 @@ class HiddenStates(FeatureDistillation):
     and in a step for other token counts: states are compared position by position.
     """
 
+    token_by_token = True
     paper = "1909.10351"
     equation = r"L = (1 - \alpha) \, \mathrm{CE} + \alpha \, \mathrm{mean}_{l, i} \, d(W_l h^s_{l,i}, h^t_{l,i})"
 
@@ -116,5 +117,4 @@ class Projections(nn.Module):
             return output
         pairs = zip(self.maps, self.layers, strict=True)
         projected = tuple(linear(states[layer].to(linear.weight.dtype)) for linear, layer in pairs)
-        # Not the model's own class: DDP takes outputs apart and rebuilds them from the fields that their class declares
-        return ModelOutput(**output, projected=projected)
+        return with_entry(output, "projected", projected)

@@ -38,6 +38,7 @@ class MiniLMRelations(FeatureDistillation):
     and for a width that relation_heads does not divide.
     """
 
+    token_by_token = True
     paper = "2012.15828"
     equation = (
         r"L = (1 - \alpha) \, \mathrm{CE} + \alpha \sum_{A \in \{Q, K, V\}} \mathrm{mean}_{r, i} \, "

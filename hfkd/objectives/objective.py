@@ -31,6 +31,7 @@ class Objective(nn.Module, ABC):
     needs: frozenset[str] = frozenset()  # of {"teacher", "features", "hidden_states", "attentions", "qkv"}
     problem_type: str = "single_label_classification"  # as transformers names it; token heads are single-label
     problem_types: tuple[str, ...] = PROBLEM_TYPES  # those it can score
+    token_by_token: bool = False  # True where it compares position by position: both sides need one tokenizer
     batch_coupled: bool = False  # True where one example's value depends on the others, by definition
     paper: str = ""  # arXiv id, printed on the model card
     equation: str = ""  # printed on the model card

@@ -28,8 +28,9 @@ class RelationalKD(FeatureDistillation):
     Every micro-batch is a batch of its own (`batch_coupled`): gradient accumulation and more processes change the loss; a
     batch of one costs 0. Memory grows with batch^2 * width and batch^3.
 
-    feature: "cls", the first token, or "mean", over tokens, of the last hidden state, (batch, tokens, hidden); or "logits",
-    (batch, num_labels). Raises ValueError for a weight that is negative or not finite and for token heads with "logits".
+    feature: "cls", the first token (padding, where a tokenizer pads on the left), or "mean", over tokens, of the last
+    hidden state, (batch, tokens, hidden); or "logits", (batch, num_labels). Raises ValueError for a weight that is
+    negative or not finite and for token heads with "logits".
     """
 
     paper = "1904.05068"
@@ -72,7 +73,8 @@ class RelationalKD(FeatureDistillation):
             return at_least_float32(output.logits)
         advice = "use a model that returns them, or feature='logits'"
         last = at_least_float32(entries_of(output, "hidden_states", whose, advice)[-1])
-        return last[:, 0] if self.feature == "cls" else masked_mean(last, token_mask(batch, last))
+        view = "teacher_" if whose == "teacher" else ""  # two tokenizers are two masks
+        return last[:, 0] if self.feature == "cls" else masked_mean(last, token_mask(batch, last, view))
 
 
 def relations(features: Tensor) -> tuple[Tensor, Tensor]:

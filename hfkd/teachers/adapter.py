@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hfkd.outputs import Batch, Progress, TeacherOutput
-from hfkd.teachers.asking import answer_attention_maps, answer_every_query_key_value, ask, forward_inputs, model_dtype
+from hfkd.teachers.asking import ask, forward_inputs, model_dtype, query_key_value_answered
 from hfkd.teachers.model import public_name
 from hfkd.teachers.teacher import Needs, Teacher
 
@@ -37,8 +37,6 @@ class AdapterTeacher(Teacher):
             self._bind(student)
         if self.student is None:
             raise ValueError("AdapterTeacher has no student yet: pass the PeftModel")
-        if "attentions" in self.needs:
-            answer_attention_maps(self.student.get_base_model())
 
     def _bind(self, student: Any) -> None:
         from peft import PeftModel
@@ -62,13 +60,12 @@ class AdapterTeacher(Teacher):
         if self.student is None:
             raise ValueError("AdapterTeacher has no student yet: call prepare(student, needs, device) first")
         inputs = {name: batch[name] for name in self._inputs if name in batch}
-        with adapter_off(self.student) as base:
-            hooks = answer_every_query_key_value(base) if "qkv" in self.needs else None
-            try:
-                return ask(base, inputs, self.needs)
-            finally:
-                if hooks is not None:
-                    hooks.remove()
+        with (
+            adapter_off(self.student) as base,
+            attention_maps_answered(base, "attentions" in self.needs),
+            query_key_value_answered(base, "qkv" in self.needs),
+        ):
+            return ask(base, inputs, self.needs)
 
     def reads(self, available: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(set(available) & set(self._inputs)))
@@ -95,3 +92,17 @@ def adapter_off(student: Any) -> Iterator[Any]:
             module.training = mode
         for weight, flag in trainable:
             weight.requires_grad = flag
+
+
+@contextmanager
+def attention_maps_answered(base: Any, wanted: bool) -> Iterator[None]:
+    """Eager attention for one answer: the student may compute its own attention as it likes."""
+    usual = base.config._attn_implementation
+    if not wanted or usual == "eager":
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(usual)

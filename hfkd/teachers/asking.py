@@ -26,7 +26,8 @@ def forward_inputs(model: nn.Module) -> tuple[str, ...]:
 
 
 def without_adapter(model: Any) -> Any:
-    """The transformers model inside a PeftModel, adapter layers included; any other model as it is."""
+    """The transformers model inside a compiled model or a PeftModel, adapter layers included; any other as it is."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -89,8 +90,17 @@ def answer_attention_maps(model: Any) -> None:
         model.set_attn_implementation("eager")
 
 
-def answer_every_query_key_value(model: nn.Module) -> Any:
-    return answer_with_query_key_value(model, range(count_attention_layers(model)))
+@contextmanager
+def query_key_value_answered(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """For one call: hooks that stay would meet those of the next trainer, or of the student that this teacher is."""
+    if not wanted:
+        yield
+        return
+    hooks = answer_with_query_key_value(model, range(count_attention_layers(model)))
+    try:
+        yield
+    finally:
+        hooks.remove()
 
 
 def on_students_tokens(answer: TeacherOutput, positions: Tensor | None) -> TeacherOutput:

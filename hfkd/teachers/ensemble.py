@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hfkd.functional import at_least_float32
 from hfkd.outputs import Batch, Progress, TeacherOutput
 from hfkd.teachers.asking import answers_classes, chosen_columns
-from hfkd.teachers.labels import problem_type_of
+from hfkd.teachers.labels import class_names, problem_type_of
 from hfkd.teachers.model import ModelTeacher
 from hfkd.teachers.teacher import Needs, Teacher
 
@@ -34,7 +34,7 @@ class EnsembleTeacher(Teacher):
       epoch, example_id): the same on every process and for every batch composition. No logits; the batch needs
       `example_id`. All members are asked, because a batch needs them all.
 
-    Results are in float32 or better. problem_type is the members' config's, else the student's, else single-label.
+    Results are in float32 or better. problem_type: None takes the members' config's, else the student's, else single-label.
     one_in_memory=True: only one member at a time occupies the device. Members given as modules or Teachers wait in the
     CPU's memory and are moved for every batch; members given by name are loaded for every batch and dropped afterwards,
     which reads every checkpoint from disk in every step: worth it once, for `hfkd.cache`, with large batches.
@@ -48,18 +48,26 @@ class EnsembleTeacher(Teacher):
         members: Sequence[Teacher | nn.Module | str | Path],
         combine: str = "mean",
         one_in_memory: bool = False,
+        problem_type: str | None = None,
     ):
         if combine not in COMBINE:
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
         if not members:
             raise ValueError("an ensemble needs at least one member")
         self.combine = combine
+        self._given_problem_type = problem_type
         self.one_in_memory = one_in_memory
         self.members = [_as_teacher(member, one_in_memory) for member in members]
         self.config = self.members[0].config
         columns = [column for member in self.members for column in member.columns]
         self.columns = tuple(dict.fromkeys([*columns, *(["example_id"] if combine == "sample" else [])]))
         self._device: torch.device | str = "cpu"
+        named = [class_names(member.config) is not None for member in self.members]
+        if any(named) and not all(named):
+            raise ValueError(
+                f"member {named.index(True)} names its classes and member {named.index(False)} does not, so nobody can tell "
+                "whether their orders agree: set id2label of every member's config"
+            )
         try:
             self.align_labels(self.config)
         except ValueError as error:
@@ -83,7 +91,8 @@ class EnsembleTeacher(Teacher):
         types = {problem_type_of(member.config) for member in self.members} - {None}
         if len(types) > 1:
             raise ValueError(f"the members have different problem types ({', '.join(sorted(map(str, types)))})")
-        self.problem_type = next(iter(types), None) or problem_type_of(student_config) or "single_label_classification"
+        found = self._given_problem_type or next(iter(types), None) or problem_type_of(student_config)
+        self.problem_type = found or "single_label_classification"
         if self.combine in ("vote", "sample") and self.problem_type != "single_label_classification":
             raise ValueError(
                 f"combine={self.combine!r} needs one class an example, this is {self.problem_type}: 'mean'"

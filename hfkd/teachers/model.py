@@ -13,7 +13,6 @@ from transformers.utils import logging
 from hfkd.outputs import Batch, Progress, TeacherOutput
 from hfkd.teachers.asking import (
     answer_attention_maps,
-    answer_every_query_key_value,
     answers_classes,
     ask,
     chosen_columns,
@@ -21,6 +20,7 @@ from hfkd.teachers.asking import (
     inputs_of,
     model_dtype,
     on_students_tokens,
+    query_key_value_answered,
 )
 from hfkd.teachers.teacher import Needs, Teacher
 
@@ -79,19 +79,16 @@ class ModelTeacher(Teacher):
         if dtype is not None and not self._auto_dtype:
             self.model.to(dtype_named(dtype))
         self._inputs = forward_inputs(self.model)
-        self.columns = tuple(f"{view}{name}" for name in (*self._inputs, "positions"))
-        self._query_key_value: Any = None
+        # The shared names too: a teacher may read what the student does not (token types, say)
+        self.columns = (*(f"{view}{name}" for name in (*self._inputs, "positions")), *self._inputs)
+        if not isinstance(model, nn.Module):
+            self.processing_class = tokenizer_of(str(model), revision)
 
     def prepare(self, student: Any, needs: Needs, device: torch.device | str) -> None:
         self._decide_dtype(device)
         super().prepare(student, needs, device)
         if "attentions" in self.needs:
             answer_attention_maps(self.model)
-        if self._query_key_value is not None:
-            self._query_key_value.remove()
-            self._query_key_value = None
-        if "qkv" in self.needs:
-            self._query_key_value = answer_every_query_key_value(self.model)
 
     def _decide_dtype(self, device: torch.device | str) -> None:
         if not self._auto_dtype:
@@ -105,7 +102,8 @@ class ModelTeacher(Teacher):
             logger.info(f"teacher in {own}, its own: no fast bfloat16 on {torch.device(device).type} (dtype='auto')")
 
     def respond(self, batch: Batch, progress: Progress | None = None) -> TeacherOutput:
-        answer = ask(self.model.eval(), inputs_of(batch, self._inputs, self.view), self.needs)
+        with query_key_value_answered(self.model, "qkv" in self.needs):
+            answer = ask(self.model.eval(), inputs_of(batch, self._inputs, self.view), self.needs)
         return on_students_tokens(answer, batch.get(f"{self.view}positions"))
 
     def to(self, device: torch.device | str) -> Self:
@@ -200,3 +198,19 @@ def fast_bfloat16(device: torch.device | str) -> bool:
         checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
         return any(check() for check in checks if check is not None)
     return kind in ("xpu", "xla")
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+def tokenizer_of(name: str, revision: str | None = None) -> Any:
+    """The tokenizer that lies beside a model, None where there is none: what the student's is compared with."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    try:  # without any of these files AutoTokenizer gives an empty one, and no error
+        missing_is_none = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        files = (cached_file(name, file, **missing_is_none) for file in TOKENIZER_FILES)
+        return AutoTokenizer.from_pretrained(name, revision=revision) if any(files) else None
+    except (OSError, ValueError):
+        return None

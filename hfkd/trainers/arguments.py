@@ -18,7 +18,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_torch_xla_available
 
-from hfkd.objectives import OBJECTIVES, Objective
+from hfkd.objectives import KD, OBJECTIVES, Objective
 
 
 def accelerator_is_absent() -> bool:
@@ -82,10 +82,10 @@ class DistillationArguments(TrainingArguments):
         name = self.objective or default
         if name not in OBJECTIVES:
             raise ValueError(f"objective {name!r} is unknown; the known ones are {', '.join(OBJECTIVES)}")
-        given = {"temperature": self.temperature, "alpha": self.alpha, **self._objective_kwargs()}
+        fields = {"temperature": self.temperature, "alpha": self.alpha}
         if self.label_smoothing_factor:
-            given.setdefault("label_smoothing", self.label_smoothing_factor)
-        settings = {key: value for key, value in given.items() if value is not None}
+            fields["label_smoothing"] = self.label_smoothing_factor
+        settings = {**self._objective_kwargs(), **{key: value for key, value in fields.items() if value is not None}}
         known = [key for key in inspect.signature(OBJECTIVES[name].__init__).parameters if key != "self"]
         odd = sorted(settings.keys() - set(known))
         if odd:
@@ -109,16 +109,31 @@ class DistillationTrainingArguments(DistillationArguments):
     Deprecated: use `DistillationArguments(objective="kd", alpha=..., temperature=...)`.
     """
 
-    def __init__(self, *args: Any, alpha: float = 0.5, temperature: float = 2.0, **kwargs: Any):
-        warnings.warn(
-            f"DistillationTrainingArguments(alpha={alpha}) weights the task term, as the copied snippet has it: taken as "
-            f"DistillationArguments(objective='kd', alpha={1 - alpha:g}, temperature={temperature}), where alpha weights the "
-            "distillation term",
-            FutureWarning,
-            stacklevel=2,
-        )
-        kwargs = {"objective": "kd", **kwargs, "alpha": 1 - alpha, "temperature": temperature}
+    def __init__(self, *args: Any, alpha: float | None = 0.5, temperature: float | None = 2.0, **kwargs: Any):
+        if kwargs.get("objective") is None:  # else a copy (dataclasses.replace), whose alpha is turned round already
+            alpha, temperature = 0.5 if alpha is None else alpha, 2.0 if temperature is None else temperature
+            warnings.warn(said_of_snippet(alpha, temperature), FutureWarning, stacklevel=2)
+            kwargs, alpha = {**kwargs, "objective": "kd"}, 1 - alpha
+        kwargs |= {"alpha": alpha, "temperature": temperature}
         super().__init__(*args, **kwargs)
+
+
+def said_of_snippet(alpha: float, temperature: float) -> str:
+    return (
+        f"alpha={alpha} weights the task term, as the copied snippet has it: taken as "
+        f"DistillationArguments(objective='kd', alpha={1 - alpha:g}, temperature={temperature}), where alpha weights the "
+        "distillation term"
+    )
+
+
+def objective_of_other_arguments(args: Any) -> Objective:
+    """KD for arguments that are not ours: the copied snippet's own class, or stock TrainingArguments."""
+    given = {name: getattr(args, name) for name in ("alpha", "temperature") if getattr(args, name, None) is not None}
+    if given:
+        alpha, temperature = given.get("alpha", 0.5), given.get("temperature", 2.0)
+        warnings.warn(said_of_snippet(alpha, temperature), FutureWarning, stacklevel=2)
+        given = {"alpha": 1 - alpha, "temperature": temperature}
+    return KD(label_smoothing=args.label_smoothing_factor, **given)
 
 
 @dataclass
@@ -199,7 +214,8 @@ def _read_yaml(path: Path, fields: set[str]) -> dict[str, Any]:
     for name in values.keys() - fields:
         near = ", ".join(difflib.get_close_matches(str(name), fields)) or "nothing alike"
         raise ValueError(f"{path}: unknown key {name!r} (known and near: {near})")
-    # Strings go through the field's own type, as flags do: YAML reads 1e-4 as a string
+    # Strings go through the field's own type, as flags do: YAML reads 1e-4 as a string, and `save_strategy: no` as False
+    values |= {name: "no" for name, value in values.items() if name.endswith("_strategy") and value is False}
     return {
         name: str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
         for name, value in values.items()

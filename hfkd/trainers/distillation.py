@@ -17,27 +17,27 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ModelOutput
 
 from hfkd.data.collate import DistillationCollator, KeyedCollator
-from hfkd.data.rows import is_float, label_of_first_row, with_example_ids
+from hfkd.data.rows import label_of_first_row, lengths_of, problem_type_of_label, with_example_ids
 from hfkd.data.sampler import KeyedLengthSampler
 from hfkd.functional import labelled_units
 from hfkd.objectives.cross_entropy import CrossEntropy
-from hfkd.objectives.kd import KD
 from hfkd.objectives.objective import Objective
 from hfkd.outputs import Batch, Counts, Progress, TeacherOutput
 from hfkd.teachers import ModelTeacher, Teacher
-from hfkd.trainers.arguments import DistillationArguments
+from hfkd.trainers.arguments import DistillationArguments, objective_of_other_arguments
 from hfkd.trainers.checkpoints import last_whole_checkpoint, mark_whole
-from hfkd.trainers.equipment import equip, load_attached, save_attached, trains_something, without_attached
+from hfkd.trainers.equipment import equip, holds_attached, load_attached, save_attached, without_attached
 from hfkd.trainers.teacher_check import (
     SLICE,
+    any_labelled,
     logits_in_eval_mode,
     refuse_bad_logits,
+    refuse_other_problem,
     refuse_other_shapes,
     refuse_stale_view,
     refuse_wrong_view,
     report,
     score,
-    tokenizer_of,
 )
 from hfkd.trainers.term_trainer import TermTrainer
 
@@ -124,7 +124,8 @@ class DistillationTrainer(TermTrainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        if data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase):
+        ours = data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase)
+        if ours:
             data_collator = DistillationCollator(processing_class)
         super().__init__(
             model,
@@ -154,17 +155,23 @@ class DistillationTrainer(TermTrainer):
             )
         self._unequip: Callable[[], None] | None = None
         self.teacher_scores: dict[str, float] | None = None
-        objective = objective or self._objective_of_arguments(teacher)
+        self._objective_from_arguments = objective is None
+        objective = objective or self._objective_of_arguments(teacher is not None)
         self._set_keyed_collator(numbered=teacher is not None)
         self._set_objective(objective, teacher)
+        theirs = getattr(self.teacher, "processing_class", None)
+        if ours and isinstance(theirs, PreTrainedTokenizerBase):
+            for collator in (self.data_collator, self._eval_collator):
+                collator.teacher_tokenizer = theirs
 
     # ---- set-up ----
 
-    def _objective_of_arguments(self, teacher: Any) -> Objective:
+    def _objective_of_arguments(self, with_teacher: bool) -> Objective:
         if isinstance(self.args, DistillationArguments):
-            return self.args.make_objective("cross_entropy" if teacher is None else "kd")
-        smoothing = self.args.label_smoothing_factor
-        return CrossEntropy(smoothing) if teacher is None else KD(label_smoothing=smoothing)
+            return self.args.make_objective("kd" if with_teacher else "cross_entropy")
+        if with_teacher:
+            return objective_of_other_arguments(self.args)
+        return CrossEntropy(self.args.label_smoothing_factor)
 
     def _set_keyed_collator(self, numbered: bool) -> None:
         self._eval_collator = copy.deepcopy(self.data_collator)  # stays at round 0, epoch 0: eval masks never change
@@ -175,7 +182,8 @@ class DistillationTrainer(TermTrainer):
         elif not numbered or not all(hasattr(self.train_dataset, name) for name in ("column_names", "__len__")):
             return  # numbers are a must for keyed randomness, and otherwise a name for rows with a bad teacher's answer
         self.train_dataset = with_example_ids(self.train_dataset)
-        self.eval_dataset = with_example_ids(self.eval_dataset)
+        if self.keyed:
+            self.eval_dataset = with_example_ids(self.eval_dataset)
 
     def _set_objective(self, objective: Objective, teacher: Teacher | nn.Module | str | Path | None) -> None:
         if "teacher" in objective.needs and teacher is None:
@@ -198,27 +206,28 @@ class DistillationTrainer(TermTrainer):
         self._signature_columns = None
 
     def _load_teacher(self, teacher: nn.Module | str | Path) -> ModelTeacher:
-        loaded = ModelTeacher(
+        return ModelTeacher(
             teacher,
             dtype=getattr(self.args, "teacher_dtype", None),
             allow_untrained=getattr(self.args, "allow_untrained_teacher", False),
         )
-        if not isinstance(teacher, nn.Module):
-            loaded.processing_class = tokenizer_of(str(teacher))
-        return loaded
 
     def _meet_student(self, student: Any) -> None:
         """Objective and teacher learn what student they have: once, and again for every student that model_init makes."""
         config = getattr(student, "config", None)
+        problem_type = self._problem_type(config)
+        if config is not None and problem_type != "single_label_classification":
+            config.problem_type = problem_type  # as the heads of transformers note it: pipelines read it
         if self.teacher is not None:
             self.teacher.prepare(student, self._objective.needs, self.args.device)
-        self._objective.build(config, self.teacher and self.teacher.config, self._problem_type(config))
+        self._objective.build(config, self.teacher and self.teacher.config, problem_type)
         self._objective.to(self.args.device)
         if self._objective.attached is not None:  # before a checkpoint is read into it, or digits would be lost
             self._objective.attached.to(student.dtype)
         if self.teacher is None or "teacher" not in self._objective.needs:
             return
         try:
+            refuse_other_problem(problem_type, getattr(self.teacher.config, "problem_type", None))
             self.teacher.align_labels(config)
             self._same_labels = True
         except ValueError:
@@ -232,16 +241,19 @@ class DistillationTrainer(TermTrainer):
             return config.problem_type
         if getattr(config, "num_labels", 2) == 1:
             return "regression"
-        label = label_of_first_row(self.train_dataset)
-        several = isinstance(label, list | tuple) or getattr(label, "ndim", 0) == 1
-        return "multi_label_classification" if several and is_float(label[0]) else "single_label_classification"
+        return problem_type_of_label(label_of_first_row(self.train_dataset, self.eval_dataset))
 
     def _refuse_wrong_inputs(self, teacher: Teacher) -> None:
         refuse_stale_view(teacher, self.data_collator)
-        columns = getattr(self.train_dataset, "column_names", None)
-        if columns and "teacher" in self._objective.needs and hasattr(teacher, "model"):
-            config = getattr(self.model, "config", None)
-            refuse_wrong_view(teacher, self.processing_class, self.data_collator, set(columns), config)
+        rows, token_by_token = self.train_dataset, self._objective.token_by_token
+        if "teacher" not in self._objective.needs or not all(
+            hasattr(rows, name) for name in ("column_names", "__len__")
+        ):
+            return
+        config = getattr(self.model, "config", None)
+        for member in getattr(teacher, "members", [teacher]):
+            if hasattr(member, "model"):
+                refuse_wrong_view(member, self.processing_class, self.data_collator, rows, config, token_by_token)
 
     def call_model_init(self, trial: Any = None) -> Any:
         student = super().call_model_init(trial)
@@ -251,7 +263,9 @@ class DistillationTrainer(TermTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The last moment before the optimizer looks for parameters: what the objective trains is put on the student."""
-        if trains_something(self._objective) and self.optimizer is not None:
+        if getattr(self, "_trial", None) is not None:
+            self._renew_objective()
+        if self.optimizer is not None and not holds_attached(self.optimizer, self._objective):
             raise ValueError(
                 f"{type(self._objective).__name__} trains a projection between the two widths, which the given optimizer does "
                 "not hold: pass optimizer_cls_and_kwargs instead of optimizers"
@@ -259,6 +273,17 @@ class DistillationTrainer(TermTrainer):
         self._check_teacher()
         self._equip()
         return super().create_optimizer(model)
+
+    def _renew_objective(self) -> None:
+        """A search has changed the arguments after the student was made."""
+        if self._objective_from_arguments:
+            self.objective = self._objective_of_arguments(self.teacher is not None)
+            self._meet_student(self.model)
+        elif isinstance(self.args, DistillationArguments) and self.args.names_objective():
+            raise ValueError(
+                "the search changes alpha, temperature or another setting of the objective, but objective=... was given to "
+                "the trainer: name it in the arguments instead (DistillationArguments(objective='kd', ...))"
+            )
 
     def _equip(self) -> None:
         if self._unequip is None:
@@ -283,13 +308,17 @@ class DistillationTrainer(TermTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
-        lengths = (
-            [len(row) for row in dataset[name]] if hasattr(dataset, "column_names") else [len(r[name]) for r in dataset]
-        )
+        lengths = lengths_of(dataset, name, self.args.length_column_name)
         rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         sampler = KeyedLengthSampler(lengths, rows_per_step, self.args.seed)
         self.keyed = [*(k for k in self.keyed if not isinstance(k, KeyedLengthSampler)), sampler]
         return sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """In the order of the rows: the stock sampler groups them by length too, and predictions come back shuffled."""
+        if self.args.train_sampling_strategy == "group_by_length" and hasattr(eval_dataset, "__len__"):
+            return torch.utils.data.SequentialSampler(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._with_eval_collator(super().get_eval_dataloader, eval_dataset)
@@ -387,21 +416,25 @@ class DistillationTrainer(TermTrainer):
             return  # two numbers never agree exactly; distill_loss is their distance
         self._record_evaluation({"agreement": same}, {"agreement": units.sum()}, asked=True)
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         equipped = self._unequip is not None
         if self._asks_in_evaluation:
             self._equip()
         try:
-            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+            return super().evaluation_loop(*args, **kwargs)
         finally:
             if not equipped:
                 self._take_off()
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
         """As in transformers, but unlabelled rows keep the teacher's columns and example_id out of the student."""
         if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
             inputs = self.student_view(inputs, training=False)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+            usual = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+            ignore_keys = [*(ignore_keys or usual), *FEATURES, "projected"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # ---- train and save ----
 
@@ -427,7 +460,7 @@ class DistillationTrainer(TermTrainer):
             self.teacher_scores is not None
             or self.teacher is None
             or "teacher" not in self._objective.needs
-            or not hasattr(data, "__getitem__")
+            or not hasattr(data, "__len__")
         ):
             return
         size = self.args.per_device_eval_batch_size
@@ -440,12 +473,13 @@ class DistillationTrainer(TermTrainer):
         answers = [self.teacher(batch, self.progress) for batch in batches]
         for answer, batch in zip(answers, batches, strict=True):
             refuse_bad_logits(answer, batch)
-        if self._objective.needs & FEATURES or any("labels" not in batch for batch in batches):
+        kind = self._objective.problem_type
+        unlabelled = any("labels" not in batch for batch in batches) or not any_labelled(batches, kind)
+        if self._objective.needs & FEATURES or unlabelled:
             return  # its logits are not what is learned from, or there is nothing to score them by
         theirs = [answer.logits for answer in answers if answer.logits is not None]
         ours = logits_in_eval_mode(self.model, [self.student_view(batch, training=False) for batch in batches])
         refuse_other_shapes(ours, theirs)
-        kind = self._objective.problem_type
         self.teacher_scores = report(score(theirs, batches, kind), score(ours, batches, kind), len(rows), kind)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -478,6 +512,7 @@ class DistillationTrainer(TermTrainer):
         load_attached(self._objective, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._take_off()  # what is on the student has a file of its own, and would be reported as missing
         super()._load_best_model()
         load_attached(self._objective, str(self.state.best_model_checkpoint))
 

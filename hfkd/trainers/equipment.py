@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from hfkd.models.projections import answer_with_query_key_value, count_attention_layers
@@ -75,6 +75,7 @@ def load_attached(objective: Objective, directory: str | Path) -> None:
     objective.attached.load_state_dict(load_file(path, device="cpu"))
 
 
-def trains_something(objective: Objective) -> bool:
-    attached: nn.Module | None = objective.attached
-    return attached is not None and any(parameter.requires_grad for parameter in attached.parameters())
+def holds_attached(optimizer: Any, objective: Objective) -> bool:
+    """Whether the optimizer moves what the objective trains: one that was given does not, one of an earlier run does."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return objective.attached is None or all(id(parameter) in held for parameter in objective.attached.parameters())

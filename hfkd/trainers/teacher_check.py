@@ -15,7 +15,6 @@ from hfkd.outputs import Batch, TeacherOutput
 
 logger = logging.get_logger(__name__)
 SLICE = 256  # rows the teacher is scored on
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
 def refuse_bad_logits(answer: TeacherOutput, batch: Batch) -> None:
@@ -32,20 +31,29 @@ def refuse_bad_logits(answer: TeacherOutput, batch: Batch) -> None:
 
 
 def refuse_wrong_view(
-    teacher: Any, processing_class: Any, collator: Any, columns: set[str], student_config: Any
+    teacher: Any, processing_class: Any, collator: Any, rows: Any, student_config: Any, token_by_token: bool
 ) -> None:
-    """Two tokenizers need two views of a text, and a collator that pads both. Raises ValueError otherwise."""
+    """Two tokenizers need two views of a text, and a collator that pads both. Raises ValueError otherwise.
+
+    rows: the data set, with `column_names`. token_by_token: the objective compares positions, so both need one tokenizer.
+    """
+    columns = set(rows.column_names)
     own_view = any(column.startswith("teacher_") and column.endswith("_ids") for column in columns)
     if own_view and type(collator) is DataCollatorWithPadding:
         raise ValueError(
             "DataCollatorWithPadding pads the student's columns only, and the rows have teacher_input_ids: leave "
             "data_collator out, or pass hfkd.data.collate.DistillationCollator(tokenizer, teacher_tokenizer)"
         )
+    if own_view and token_by_token:
+        raise ValueError(
+            "the rows have teacher_input_ids, so teacher and student see other tokens at the same position, and the objective "
+            "compares position by position: take a teacher with the student's tokenizer, or an objective of logits"
+        )
     if own_view or "input_ids" not in columns:
         return
     theirs, ours = getattr(teacher, "processing_class", None), processing_class
     if isinstance(theirs, PreTrainedTokenizerBase) and isinstance(ours, PreTrainedTokenizerBase):
-        if not same_tokenizer(ours, theirs):
+        if not same_tokenizer(ours, theirs, pair=holds_pairs(rows, ours)):
             raise ValueError(
                 f"the student's tokenizer ({type(ours).__name__}, {len(ours)} tokens) and the teacher's "
                 f"({type(theirs).__name__}, {len(theirs)}) differ, and the rows have no teacher_input_ids: tokenize with "
@@ -61,16 +69,20 @@ def refuse_wrong_view(
         )
 
 
-def tokenizer_of(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside a model, if one does: what the student's is compared with."""
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
+def holds_pairs(rows: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the texts are pairs: only there do tokenizers differ that have token types from those that have none."""
+    if "token_type_ids" in rows.column_names or not len(rows):
+        return False  # the types are there for whoever reads them
+    first = rows.select_columns("input_ids")[:32]["input_ids"]
+    return any(list(ids).count(tokenizer.sep_token_id) > 1 for ids in first)
 
-    try:  # without any of these files AutoTokenizer gives an empty one, and no error
-        files = (cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES)
-        return AutoTokenizer.from_pretrained(name) if any(files) else None
-    except (OSError, ValueError):
-        return None
+
+def refuse_other_problem(student: str, teacher: str | None) -> None:
+    if teacher is not None and teacher != student:
+        raise ValueError(
+            f"the student's problem_type is {student!r}, the teacher's {teacher!r}: a sigmoid of one and a softmax of the other "
+            "do not compare; set config.problem_type of both to what the labels are"
+        )
 
 
 def refuse_stale_view(teacher: Any, collator: Any) -> None:
@@ -106,6 +118,10 @@ def score(logits_of_batches: list[Tensor], batches: list[dict[str, Tensor]], pro
     return float(((answers > 0) == (expected > 0.5)).float().mean()), float(frequent)
 
 
+def any_labelled(batches: list[dict[str, Tensor]], problem_type: str) -> bool:
+    return any(bool(labelled_units(batch["labels"], problem_type).any()) for batch in batches)
+
+
 def report(
     teacher: tuple[float, float], student: tuple[float, float], rows: int, problem_type: str
 ) -> dict[str, float]:
@@ -128,11 +144,12 @@ def report(
 
 @torch.no_grad()
 def logits_in_eval_mode(model: nn.Module, views: list[dict[str, Any]]) -> list[Tensor]:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # some may be kept in eval mode on purpose
     try:
         return [model.eval()(**view).logits for view in views]
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def refuse_other_shapes(student: list[Tensor], teacher: list[Tensor]) -> None:

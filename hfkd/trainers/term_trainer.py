@@ -126,16 +126,22 @@ class TermTrainer(Trainer):
             found = torch.stack([values.sum().detach().double(), counts[name].double()])
             self._eval_sums[asked, name] = self._eval_sums.get((asked, name), 0.0) + found
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """As in transformers, but the loss is the sum over units divided by their number: independent of the batch size.
 
         On several processes the rows that even out the last batch count twice.
         """
         self._eval_sums = {}
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        metrics = output.metrics or {}
-        name = next((name for name in metrics if name.endswith("_loss")), None)
-        if name is not None and self._eval_sums:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics, name = output.metrics or {}, f"{metric_key_prefix}_loss"
+        if name in metrics and self._eval_sums:
             sums, counts = self.accelerator.reduce(torch.stack(list(self._eval_sums.values())), "sum").unbind(1)
             means = dict(zip(self._eval_sums, (sums / counts.clamp(min=1)).tolist(), strict=True))
             metrics[name] = sum(value for (asked, _), value in means.items() if not asked)
