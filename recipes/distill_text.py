@@ -26,8 +26,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from text_data import HERE, one_sentence, one_source, quiet, say
 from text_report import COSTS, per_seed_csv, percent, write_whole
-from text_runs import HERE, Study, StudyArguments, one_sentence, one_source, quiet, say
+from text_study import Study, StudyArguments
 
 from hfkd import DistillationArguments
 from hfkd.diagnostics.metrics import gap_closed, mean_and_std, paired_difference

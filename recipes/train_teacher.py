@@ -17,22 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from text_data import HERE, DataArguments, load_data, one_sentence, one_source, quiet, say, tokenizer_for, view_of
 from text_report import per_seed_csv, percent, write_whole
-from text_runs import (
-    HERE,
-    DataArguments,
-    Run,
-    Runs,
-    classifier,
-    load_data,
-    one_sentence,
-    one_source,
-    quiet,
-    say,
-    start_weights,
-    tokenizer_for,
-    view_of,
-)
+from text_runs import Run, Runs
+from text_study import classifier, start_weights
 
 from hfkd import DistillationArguments
 from hfkd.trainers.arguments import parse_arguments

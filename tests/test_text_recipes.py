@@ -41,7 +41,7 @@ def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
     gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
-    names = ("text_runs", "text_report", "distill_text", "compare", "train_teacher")
+    names = ("text_data", "text_runs", "text_study", "text_report", "distill_text", "compare", "train_teacher")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(RECIPES))
     gc.unfreeze()
@@ -191,10 +191,12 @@ def test_the_papers_settings_are_the_papers(task):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("student_*.yaml")), ids=lambda path: path.stem)
 def test_every_student_config_builds_its_sizes(recipes, path):
     """A size that the architecture does not know would be dropped without a word, and another student trained."""
-    runs = recipes["text_runs"]
-    data = runs.TextData(None, None, {"": None}, ["a", "b", "c"], "single_label_classification", ("accuracy",))
+    study = recipes["text_study"]
+    data = recipes["text_data"].TextData(
+        None, None, {"": None}, ["a", "b", "c"], "single_label_classification", ("accuracy",)
+    )
     with torch.device("meta"):
-        model = runs.classifier_from_sizes(runs.read_sizes(str(path)), tiny_tokenizer(), data)
+        model = study.classifier_from_sizes(study.read_sizes(str(path)), tiny_tokenizer(), data)
     sizes = yaml.safe_load(path.read_text())
     assert {name: getattr(model.config, name) for name in sizes} == sizes
     assert len(model.roberta.encoder.layer) == sizes["num_hidden_layers"]

@@ -20,6 +20,7 @@ short blocks. Ratios and targets:
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import statistics
@@ -77,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=3, help="turns of each side")
     parser.add_argument("--rows", type=int, default=768, help="movie sentences for padding and cache")
     parser.add_argument("--leak_steps", type=int, default=0, help="steps of the memory check")
+    parser.add_argument("--model", help="the fine-tuned teacher of `agreement`")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--student", type=int, nargs=2, default=(4, 256), metavar=("LAYERS", "WIDTH"))
@@ -416,18 +418,22 @@ def leak(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def agreement(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """The same predictions in bfloat16 as in float32? On MiniLM with a classifier on all 12,752 movie sentences."""
-    from hfkd.data.embedded import movie_sentences, save_embedded_roberta
+    """The same predictions in bfloat16 as in float32? A fine-tuned teacher on all 12,752 movie sentences."""
+    from hfkd.data.embedded import movie_sentences
 
-    path = save_embedded_roberta(folder / "roberta")
-    torch.manual_seed(0)
-    model = transformers.RobertaForSequenceClassification.from_pretrained(path).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if arguments.model is None:
+        raise SystemExit("agreement needs --model, a fine-tuned teacher: python recipes/train_teacher.py trains one")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(arguments.model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     rows = tokenize(movie_sentences(), tokenizer, arguments.length)
     logits = {}
     for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         cached = cache_teacher(
-            rows, ModelTeacher(model, dtype=dtype), folder / name, processing_class=tokenizer, dtype="float32"
+            rows,
+            ModelTeacher(copy.deepcopy(model), dtype=dtype),
+            folder / name,
+            processing_class=tokenizer,
+            dtype="float32",
         )
         logits[name] = torch.tensor(cached["teacher_logits"][:])
     same = logits["float32"].argmax(-1) == logits["bfloat16"].argmax(-1)
