@@ -84,13 +84,16 @@ def objective_scores(rows: Rows, path: PathLike) -> Figure:
     """Score of every objective (`objective`, `metric`, `scores`), mean ± standard deviation over seeds, each seed drawn
     over it; a line marks the mean of the first one, which the others are compared with."""
     _need(rows, "objective and scores")
-    figure, (axes,) = _figure(1, (max(4.2, 1.25 * len(rows) + 1.0), 4.0))
+    figure, (axes,) = _figure(1, (max(6.0, 1.25 * len(rows) + 1.0), 4.0))
     groups = [_percent(row["scores"]) for row in rows]
     _seeds(axes, groups, _PALETTE[0], mean_label="{:.1f}")
     axes.axhline(mean_and_std(groups[0])[0], color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-    names = [textwrap.fill(str(row["objective"]).replace(",", ", ").replace(":", ": "), 17) for row in rows]
+    names = [
+        textwrap.fill(str(row["objective"]).replace(",", ", ").replace(":", ": "), 17, break_long_words=False)
+        for row in rows
+    ]
     axes.set_xticks(range(len(rows)), names, fontsize=9)
-    axes.set_xlabel("objective")
+    axes.set_xlabel(f"objective (dashed: mean of {rows[0]['objective']})")
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(f"{_words(str(rows[0]['metric']))} (%)")
     axes.set_title(f"{_words(str(rows[0]['metric']))} per objective{_seed_note(groups)}")
