@@ -34,7 +34,7 @@ DRAW = {
     ),
     "objective_scores": (
         lambda path: plots.objective_scores(OBJECTIVES, path),
-        [("objective", "Accuracy (%)")],
+        [("objective (dashed: mean of cross_entropy)", "Accuracy (%)")],
     ),
     "loss_curves": (
         lambda path: plots.loss_curves(HISTORIES, path),
