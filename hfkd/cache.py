@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from hfkd.fingerprint import content_hash, is_list, list_lengths, one_array, processing_hash
 from hfkd.outputs import Progress, TeacherOutput
 from hfkd.records import file_hash, read_json, weights_hash, write_json
-from hfkd.teachers import Teacher
+from hfkd.teachers import ModelTeacher, Teacher
 from hfkd.teachers.asking import answers_classes
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ SAME = ("format", "teacher", "weights", "processing", "columns", "rows", "data",
 
 def cache_teacher(
     dataset: Dataset,
-    teacher: Teacher,
+    teacher: Teacher | nn.Module | str | Path,
     directory: str | Path,
     *,
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]] | None = None,
@@ -66,6 +66,7 @@ def cache_teacher(
     that was killed goes on where it was; a finished cache of the same teacher, rows and preprocessing is returned at once.
     Several processes of one machine may call this: one works, the others wait for it.
 
+    teacher: a Teacher, a module, a folder or a Hub id.
     collator: must be deterministic; None pads numbers with what the tokenizer (or the teacher's config) pads with.
     processing_class: the tokenizer or image processor that made the inputs; its settings are part of the manifest.
     batch_size: of rows with similar numbers of tokens, longest first, so that too little memory fails at once.
@@ -79,6 +80,7 @@ def cache_teacher(
     from datasets import Dataset
 
     directory = Path(directory)
+    teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"cache_teacher takes one datasets.Dataset, got {type(dataset).__name__}: give one split of it")
     if dtype not in DTYPES:

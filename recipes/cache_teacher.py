@@ -19,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import transformers
+from text_data import one_sentence
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hfkd.cache import cache_teacher, verify_cache
@@ -31,7 +32,11 @@ class RecipeArguments:
     """Teacher, data, and what is stored."""
 
     teacher: str = field(default="", metadata={"help": "The teacher: a local folder or a Hub id."})
-    task: str = field(default="movie_sentences", metadata={"help": f"One of {', '.join(TEXT_TASKS)}."})
+    task: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(TEXT_TASKS)}; default: movie_sentences without own data."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set's Hub id or local folder."})
+    train_file: str | None = field(default=None, metadata={"help": "csv, tsv, json, jsonl or parquet."})
     output_dir: str = field(default="", metadata={"help": "Where the cache is made; default: runs/cache/TASK."})
     max_length: int = field(default=128, metadata={"help": "Tokens a text is cut at; the students' must be the same."})
     batch_size: int = field(default=64, metadata={"help": "Texts the teacher reads at a time."})
@@ -52,20 +57,24 @@ def main(arguments: list[str]) -> None:
     if not recipe.teacher:
         raise SystemExit(
             "--teacher is missing: a local folder or a Hub id. This trains one on the same task:\n"
-            f"    accelerate launch recipes/train_teacher.py --task {recipe.task} --output_dir runs/teacher"
+            "    accelerate launch recipes/train_teacher.py --output_dir runs/train_teacher        (with the same data flags)\n"
+            "and it then lies in runs/train_teacher/runs/teacher/seed-0/model"
         )
+    source = recipe.train_file or recipe.dataset_name
+    recipe.task = recipe.task or (None if source else "movie_sentences")
+    name = recipe.task or Path(str(source)).stem
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     datasets.disable_progress_bars()
-    directory = Path(recipe.output_dir or f"runs/cache/{recipe.task}")
+    directory = Path(recipe.output_dir or f"runs/cache/{name}")
 
-    texts = load_text(recipe.task, require_labels=False)["train"]
+    texts = load_text(recipe.task, recipe.dataset_name, train_file=recipe.train_file, require_labels=False)["train"]
     if recipe.max_rows is not None:
         texts = texts.select(range(min(recipe.max_rows, len(texts))))
     tokenizer = AutoTokenizer.from_pretrained(recipe.teacher)
     rows = tokenize(texts, tokenizer, recipe.max_length)
     teacher = ModelTeacher(recipe.teacher, dtype=recipe.teacher_dtype, allow_untrained=recipe.allow_untrained_teacher)
 
-    print(f"Asking {teacher.facts()['name']} about {len(rows):,} texts of {recipe.task}", flush=True)
+    print(f"Asking {teacher.facts()['name']} about {len(rows):,} texts of {name}", flush=True)
     started = time.monotonic()
     cache_teacher(
         rows,
@@ -83,4 +92,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with one_sentence():
+        main(sys.argv[1:])

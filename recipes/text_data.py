@@ -144,8 +144,9 @@ def scored(recipe: DataArguments, splits: Any, row: Any) -> dict[str, Any]:
     """The splits to score on by the prefix of their metrics: "" for one, matched_ and mismatched_ for MNLI."""
     wanted = recipe.evaluate_on or ("test" if "test" in splits else "validation")
     if wanted not in splits:
+        files = " or ".join(dict.fromkeys(("--test_file", f"--{wanted}_file")))
         raise ValueError(
-            f"there is no {wanted} split to score on, the data has {', '.join(splits)}: give --{wanted}_file, or choose with "
+            f"there is no {wanted} split to score on, the data has {', '.join(splits)}: give {files}, or choose with "
             "--evaluate_on"
         )
     names = [wanted, *(name for name in splits if name.startswith(f"{wanted}_"))]

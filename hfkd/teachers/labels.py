@@ -10,12 +10,13 @@ logger = logging.get_logger(__name__)
 
 
 def class_names(config: Any) -> list[str] | None:
-    """In the order of their ids; None where there are none or only transformers' defaults."""
+    """In the order of their ids; None where there are none, or only transformers' defaults or the ids themselves."""
     names = getattr(config, "id2label", None)
     if not names:
         return None
     ordered = [str(names[i]) for i in sorted(names, key=int)]
-    return None if ordered == [f"LABEL_{i}" for i in range(len(ordered))] else ordered
+    nameless = ([f"LABEL_{i}" for i in range(len(ordered))], [str(i) for i in range(len(ordered))])
+    return None if ordered in nameless else ordered
 
 
 def label_order(teacher_config: Any, student_config: Any) -> list[int] | None:

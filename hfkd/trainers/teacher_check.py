@@ -134,7 +134,7 @@ def report(
     )
     if teacher[0] <= teacher[1]:
         logger.warning(
-            f"{line}: the teacher knows no more than the most frequent label. Are its weights loaded, its labels in the "
+            f"{line}: the teacher knows no more than a constant answer. Are its weights loaded, its labels in the "
             "student's order, its inputs its own?"
         )
     else:
