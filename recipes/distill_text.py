@@ -1,7 +1,7 @@
 """Distil a text classifier: a teacher, its student trained on labels alone, and the student that learns from the teacher.
 
-    accelerate launch recipes/distill_text.py                     # embedded movie sentences, no network, 7 minutes
-    accelerate launch recipes/distill_text.py --profile study     # 5 seeds and 5 teachers, 1 hour or less on 2 cores
+    accelerate launch recipes/distill_text.py                     # embedded movie sentences, no network, 8 minutes or less
+    accelerate launch recipes/distill_text.py --profile study     # 5 seeds and 5 teachers, 39 minutes on one core
     accelerate launch recipes/distill_text.py --task sst2 --student google/bert_uncased_L-2_H-128_A-2 \
         --teacher runs/train_teacher/runs/teacher/seed-0/model    # made by train_teacher.py; or a Hub id
     accelerate launch recipes/distill_text.py --train_file train.csv --test_file test.csv \
@@ -9,7 +9,7 @@
     accelerate launch recipes/distill_text.py --config recipes/configs/distill_text_mnli.yaml        # a paper's setting
 
 To expect from the first: test accuracy 83.1 for the teacher, 74.1 and 77.7 for the two students, 39 % of the gap closed,
-calibration error 16 without and 3 with the teacher (10 minutes of CPU time on one thread; 7 on two is an estimate).
+calibration error 16 without and 3 with the teacher (10 minutes on one thread, 7.8 on two cores that were not always free).
 
 Both students share rows, order, start weights, dropout, steps and every line of the trainer; only the objective differs. The
 teacher answers every row once, beforehand (`--cache_teacher False` asks it in every step), unless the objective needs
