@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import copied_snippet
 import datasets
@@ -521,7 +520,7 @@ def test_plain_training_arguments_are_accepted(tmp_path):
     )
     assert type(trainer.objective) is KD
     trainer.train()
-    assert Path(tmp_path).exists()
+    assert trainer.state.global_step == 4
 
 
 def test_the_classifier_driver_of_the_laws_takes_a_teacher(tmp_path):
@@ -694,7 +693,7 @@ def test_one_teacher_serves_many_trainers(tmp_path):
     teacher = classifier(1)
     for _ in range(2):
         assert len(losses(our_trainer(tmp_path, teacher, MiniLMRelations()))) == 4
-    assert not any(module._forward_hooks for module in teacher.modules() if "qkv" in str(module._forward_hooks))
+    assert not any("_Kept" in str(module._forward_hooks) for module in teacher.modules())
     assert len(losses(our_trainer(tmp_path, teacher, KD()))) == 4
 
 

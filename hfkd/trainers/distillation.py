@@ -468,16 +468,17 @@ class DistillationTrainer(TermTrainer):
         with torch.random.fork_rng():  # a transform of the rows may draw; a resumed run must not see that
             rows = [shown[i] for i in range(min(SLICE, len(data)))]
         batches = [self._prepare_inputs(self._eval_collator(rows[i : i + size])) for i in range(0, len(rows), size)]
-        if self.teacher(batches[0], self.progress).logits is None:
-            return
-        answers = [self.teacher(batch, self.progress) for batch in batches]
-        for answer, batch in zip(answers, batches, strict=True):
+        theirs = []  # logits only: the hidden states of a whole slice need not lie in memory
+        for batch in batches:
+            answer = self.teacher(batch, self.progress)
+            if answer.logits is None:
+                return
             refuse_bad_logits(answer, batch)
+            theirs.append(answer.logits)
         kind = self._objective.problem_type
         unlabelled = any("labels" not in batch for batch in batches) or not any_labelled(batches, kind)
         if self._objective.needs & FEATURES or unlabelled:
             return  # its logits are not what is learned from, or there is nothing to score them by
-        theirs = [answer.logits for answer in answers if answer.logits is not None]
         ours = logits_in_eval_mode(self.model, [self.student_view(batch, training=False) for batch in batches])
         refuse_other_shapes(ours, theirs)
         self.teacher_scores = report(score(theirs, batches, kind), score(ours, batches, kind), len(rows), kind)
