@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hfkd.functional import at_least_float32
+from hfkd.objectives.distillation import checked_choice
 from hfkd.objectives.features import (
     FeatureDistillation,
     Layers,
@@ -50,9 +51,7 @@ class AttentionMaps(FeatureDistillation):
         self, layers: Layers | None = None, loss: str = "mse", alpha: float = 0.5, label_smoothing: float = 0.0
     ):
         super().__init__(alpha, label_smoothing, needs=("attentions",))
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        self.loss = loss
+        self.loss = checked_choice("loss", loss, LOSSES)
         self.layers = whole_layers(layers)
         self.mapped: dict[int, int] = self.layers or {}
 

@@ -75,6 +75,12 @@ class Distillation(Objective):
         return torch.where(labelled, values, torch.zeros_like(values))
 
 
+def checked_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
 def checked_positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")

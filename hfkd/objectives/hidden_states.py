@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from hfkd.functional import at_least_float32
+from hfkd.objectives.distillation import checked_choice
 from hfkd.objectives.features import (
     FeatureDistillation,
     Layers,
@@ -52,9 +53,7 @@ class HiddenStates(FeatureDistillation):
         self, layers: Layers | None = None, loss: str = "mse", alpha: float = 0.5, label_smoothing: float = 0.0
     ):
         super().__init__(alpha, label_smoothing, needs=("hidden_states",))
-        if loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        self.loss = loss
+        self.loss = checked_choice("loss", loss, LOSSES)
         self.layers = whole_layers(layers)
         self.mapped: dict[int, int] = self.layers or {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hfkd.functional import at_least_float32, kl_divergence, two_class_logits
-from hfkd.objectives.distillation import Distillation, checked_positive, logits_of
+from hfkd.objectives.distillation import Distillation, checked_choice, checked_positive, logits_of
 from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput
 
 SIDES = ("both", "teacher")
@@ -40,10 +40,8 @@ class KD(Distillation):
         label_smoothing: float = 0.0,
     ):
         super().__init__(alpha, label_smoothing)
-        if temperature_on not in SIDES:
-            raise ValueError(f"temperature_on must be one of {', '.join(SIDES)}, got {temperature_on!r}")
         self.temperature = checked_positive("temperature", temperature)
-        self.temperature_on = temperature_on
+        self.temperature_on = checked_choice("temperature_on", temperature_on, SIDES)
         if temperature_on == "teacher":
             self.equation = (
                 r"L = (1 - \alpha) \, \mathrm{CE}(y, z_s) + \alpha \, \mathrm{KL}(\sigma(z_t / T) \| \sigma(z_s))"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hfkd.functional import at_least_float32, masked_mean
-from hfkd.objectives.distillation import checked_weight
+from hfkd.objectives.distillation import checked_choice, checked_weight
 from hfkd.objectives.features import FeatureDistillation, entries_of, token_mask
 from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput
 
@@ -46,12 +46,10 @@ class RelationalKD(FeatureDistillation):
         alpha: float = 0.5,
         label_smoothing: float = 0.0,
     ):
-        if feature not in FEATURES:
-            raise ValueError(f"feature must be one of {', '.join(FEATURES)}, got {feature!r}")
         super().__init__(alpha, label_smoothing, needs=() if feature == "logits" else ("hidden_states",))
         self.distance_weight = checked_weight("distance_weight", distance_weight)
         self.angle_weight = checked_weight("angle_weight", angle_weight)
-        self.feature = feature
+        self.feature = checked_choice("feature", feature, FEATURES)
         self.batch_coupled = alpha > 0 and distance_weight + angle_weight > 0
 
     def distill(
