@@ -19,7 +19,7 @@ from pathlib import Path
 
 import datasets
 import transformers
-from text_data import one_sentence
+from program import one_sentence
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hfkd.cache import cache_teacher, verify_cache

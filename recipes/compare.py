@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from text_data import HERE, one_sentence, one_source, quiet, say
-from text_report import per_seed_csv, percent, write_whole
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import per_seed_csv, percent, write_whole
 from text_study import Study, StudyArguments
 
 from hfkd import DistillationArguments

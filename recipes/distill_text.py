@@ -26,8 +26,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from text_data import HERE, one_sentence, one_source, quiet, say
-from text_report import COSTS, per_seed_csv, percent, write_whole
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import COSTS, per_seed_csv, percent, write_whole
 from text_study import Study, StudyArguments
 
 from hfkd import DistillationArguments

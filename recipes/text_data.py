@@ -5,36 +5,23 @@ What is wrong with such inputs is said in one sentence, before any training.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import transformers
+from program import at_random, rows_per_step, say
 
 from hfkd import DistillationArguments
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.text import TEXT_TASKS, label_names, load_text, tokenize
 from hfkd.fingerprint import content_hash
 from hfkd.teachers.model import tokenizer_of
+from runs import View
 
-HERE = Path(__file__).resolve().parent
 METRICS = {
     "single_label_classification": ("accuracy",),
     "multi_label_classification": ("micro_f1", "macro_f1"),
     "regression": ("pearson", "spearmanr"),
 }
-# Of these one is given; a flag takes the place of what stands in a file
-ONE_OF = (
-    ("task", "dataset_name", "train_file"),
-    ("teacher", "teacher_start"),
-    ("student", "student_config", "student_layers"),
-)
 
 
 @dataclass
@@ -65,15 +52,6 @@ class DataArguments:
         metadata={"help": "Score on this many rows, drawn once (for a short run); --max_steps bounds them too."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete the runs that output_dir holds."})
-
-
-def one_source(recipe: Any, arguments: list[str]) -> None:
-    """Flags win over files, also where they choose something else: --train_file takes the place of a file's task."""
-    flags = {word.split("=")[0].removeprefix("--") for word in arguments if word.startswith("--")}
-    for names in ONE_OF:
-        for name in names:
-            if flags & set(names) and name not in flags and hasattr(recipe, name):
-                setattr(recipe, name, None)
 
 
 # ---- texts ----
@@ -156,33 +134,7 @@ def scored(recipe: DataArguments, splits: Any, row: Any) -> dict[str, Any]:
     return {f"{source}_": splits[name] for source, name in zip(sources, names, strict=True)}
 
 
-def at_random(rows: Any, count: int | None) -> Any:
-    """At most `count` rows, the same for every seed: the first ones of a file are often of one class."""
-    if count is None or count >= len(rows):
-        return rows
-    if count < 1:
-        raise ValueError(f"{count} rows are asked for: at least 1 is needed")
-    chosen = np.random.default_rng(0).choice(len(rows), count, replace=False)
-    return rows.select(sorted(chosen.tolist()))
-
-
-def rows_per_step(args: DistillationArguments) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 # ---- tokens ----
-
-
-@dataclass
-class View:
-    """The data as one tokenizer reads it, the teacher's tokens beside it where the teacher has a tokenizer of its own."""
-
-    tokenizer: Any
-    collator: Any
-    train: Any
-    validation: Any
-    held_out: dict[str, Any]
-    hashes: dict[str, str]
 
 
 def view_of(data: TextData, tokenizer: Any, max_length: int, teacher_tokenizer: Any = None) -> View:
@@ -191,7 +143,8 @@ def view_of(data: TextData, tokenizer: Any, max_length: int, teacher_tokenizer: 
 
     train, held_out = read(data.train), {prefix: read(rows) for prefix, rows in data.held_out.items()}
     return View(
-        tokenizer=tokenizer,
+        processing_class=tokenizer,
+        settings={"max_length": max_length},
         collator=DistillationCollator(tokenizer, teacher_tokenizer),
         train=train,
         validation=None if data.validation is None else read(data.validation),
@@ -211,25 +164,3 @@ def tokenizer_for(name: str) -> Any:
             "local folder)"
         )
     return tokenizer
-
-
-# ---- as programs ----
-
-
-def say(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"\n== {text}", flush=True)
-
-
-def quiet() -> None:
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its own
-    datasets.disable_progress_bars()
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Wrong inputs end a program with their sentence, not with a stack of calls."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error

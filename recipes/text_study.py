@@ -10,8 +10,8 @@ from typing import Any
 
 import transformers
 import yaml
-from text_data import HERE, DataArguments, TextData, load_data, rows_per_step, say, tokenizer_for, view_of
-from text_runs import Run, Runs, predict
+from program import HERE, rows_per_step, say
+from text_data import DataArguments, TextData, load_data, tokenizer_for, view_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hfkd import DistillationArguments
@@ -23,6 +23,7 @@ from hfkd.objectives import Objective
 from hfkd.records import read_json, weights_hash
 from hfkd.teachers import CachedTeacher, ModelTeacher, Teacher
 from hfkd.teachers.labels import label_order
+from runs import Run, Runs, predict
 
 TEACHERS = (
     "--teacher (a fine-tuned folder or Hub id, see recipes/train_teacher.py) or --teacher_start (weights to fine-tune)"

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from text_data import HERE, DataArguments, load_data, one_sentence, one_source, quiet, say, tokenizer_for, view_of
-from text_report import per_seed_csv, percent, write_whole
-from text_runs import Run, Runs
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import per_seed_csv, percent, write_whole
+from text_data import DataArguments, load_data, tokenizer_for, view_of
 from text_study import classifier, start_weights
 
 from hfkd import DistillationArguments
 from hfkd.trainers.arguments import parse_arguments
+from runs import Run, Runs
 
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--model_name_or_path", "--config")
 

@@ -41,7 +41,7 @@ def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
     gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
-    names = ("text_data", "text_runs", "text_study", "text_report", "distill_text", "compare", "train_teacher")
+    names = ("text_data", "runs", "text_study", "run_report", "distill_text", "compare", "train_teacher")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(RECIPES))
     gc.unfreeze()
@@ -348,7 +348,7 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(recipes, tiny, tmp_path, m
     """A stopped run that starts anew under the same name loses its hours; one that resumes wrongly, its result."""
     steps, stop_at = [], [None]
 
-    class Watched(recipes["text_runs"].DistillationTrainer):
+    class Watched(recipes["runs"].DistillationTrainer):
         def training_step(self, *args, **kwargs):
             steps.append(self.state.global_step)
             return super().training_step(*args, **kwargs)
@@ -358,7 +358,7 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint(recipes, tiny, tmp_path, m
             if self.state.global_step == stop_at[0]:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes["text_runs"], "DistillationTrainer", Watched)
+    monkeypatch.setattr(recipes["runs"], "DistillationTrainer", Watched)
     settings = {"seeds": 1, "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     whole, stopped = (teacher_words(own(tiny, tmp_path / name, **settings), tiny) for name in ("whole", "stopped"))
     recipes["train_teacher"].main(whole)

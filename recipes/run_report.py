@@ -1,4 +1,4 @@
-"""What the text recipes write: mean and spread in words, per-seed csv, whole files."""
+"""What the recipes of runs write: mean and spread in words, per-seed csv, whole files."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from program import rows_per_step
 from safetensors.numpy import load_file, save_file
 from scipy.special import softmax
-from text_data import DataArguments, TextData, View, rows_per_step
 from transformers import EvalPrediction, PrinterCallback
 
 from hfkd import DistillationArguments, DistillationTrainer
@@ -31,6 +31,22 @@ from hfkd.records import read_json, weights_hash, write_json
 from hfkd.teachers import Teacher
 from hfkd.trainers.checkpoints import last_whole_checkpoint
 from hfkd.trainers.self_distillation import RECORDED
+
+
+@dataclass
+class View:
+    """The data as one tokenizer or image processor reads it, the teacher's own view beside it where it has one.
+
+    settings: what was done to the rows on their way; runs with others are not resumed.
+    """
+
+    processing_class: Any
+    collator: Any
+    train: Any
+    validation: Any
+    held_out: dict[str, Any]
+    hashes: dict[str, str]
+    settings: dict[str, Any]
 
 
 @dataclass
@@ -50,9 +66,12 @@ class Run:
 
 
 class Runs:
-    """Trains and scores runs in `output_dir/runs`, or finds them there."""
+    """Trains and scores runs in `output_dir/runs`, or finds them there.
 
-    def __init__(self, recipe: DataArguments, args: DistillationArguments, data: TextData):
+    recipe: says `overwrite`. data: has `metrics`, `problem_type` and `validation` (None where there is none).
+    """
+
+    def __init__(self, recipe: Any, args: DistillationArguments, data: Any):
         self.recipe, self.args, self.data = recipe, args, data
         self.output = Path(args.output_dir)
         self.resumes = resumes(args)
@@ -92,7 +111,7 @@ class Runs:
         return {
             **{name: getattr(value, "value", value) for name, value in recorded.items()},
             "rows_per_step": rows_per_step(args),
-            "max_length": self.recipe.max_length,
+            **run.view.settings,
             "objective": f"{type(objective).__name__}({objective.settings()})",
             "teacher": run.teacher_hash,
             "teacher_dtype": args.teacher_dtype if run.teacher_hash else None,
@@ -148,7 +167,7 @@ class Runs:
             run.view.collator,
             rows,
             run.view.validation if str(args.eval_strategy.value) != "no" else None,
-            processing_class=run.view.tokenizer,
+            processing_class=run.view.processing_class,
             compute_metrics=compute_metrics_for(self.data.metrics, self.data.problem_type),
             teacher=teacher,
             objective=run.objective,
@@ -201,6 +220,8 @@ class Runs:
 
 def predict(trainer: DistillationTrainer, rows: Any) -> Any:
     """Logits (rows, labels) in the order of the rows; neighbours of one length need little padding meanwhile."""
+    if "input_ids" not in rows.column_names:
+        return np.asarray(trainer.predict(rows).predictions, dtype=np.float32)
     order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
     found = np.asarray(trainer.predict(rows.select(order)).predictions, dtype=np.float32)
     logits = np.empty_like(found)
@@ -247,7 +268,7 @@ def resumes(args: DistillationArguments) -> bool:
     return args.resume_from_checkpoint in ("True", "true", True)
 
 
-def refuse_unusable(args: DistillationArguments, data: TextData) -> None:
+def refuse_unusable(args: DistillationArguments, data: Any) -> None:
     if args.load_best_model_at_end:
         raise ValueError("runs are scored at their last step: leave load_best_model_at_end off")
     if args.eval_strategy.value != "no" and data.validation is None:
