@@ -208,7 +208,9 @@ class _Inputs:
     def __init__(
         self, dataset: Any, teacher: Teacher, collator: Any, processing_class: Any, columns: Sequence[str] | None
     ):
-        self.columns = tuple(sorted(columns) if columns else teacher.reads(dataset.column_names))
+        # What a collator of images reads is not what the teacher does
+        made_of = [name for name in getattr(collator, "columns", ()) if name in dataset.column_names]
+        self.columns = tuple(sorted(columns or made_of or teacher.reads(dataset.column_names)))
         if not self.columns or set(self.columns) - set(dataset.column_names):
             raise ValueError(
                 f"columns to cache: {', '.join(self.columns) or 'none'}; the data set has {', '.join(dataset.column_names)}: "
@@ -251,7 +253,8 @@ class _Inputs:
             return self._padded(values)
         examples = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
         if self.collator is not None:
-            return self.collator(examples)
+            batch = self.collator(examples)
+            return self.collator.on_device(batch) if hasattr(self.collator, "on_device") else batch
         from transformers import default_data_collator
 
         return default_data_collator(examples)

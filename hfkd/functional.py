@@ -22,10 +22,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """-log softmax(logits)[label], 0 where the label is -100.
+    """-log softmax(logits)[label], 0 where the label is -100; for soft labels the mean over classes, weighted by them.
 
-    logits: (..., num_labels); labels: (...) integers. Returns (...).
+    logits: (..., num_labels); labels: (...) integers, or (..., num_labels) probabilities (mixup). Returns (...).
     """
+    if is_soft(labels):
+        probabilities = labels.to(at_least_float32(logits).dtype).reshape(-1, logits.shape[-1])
+        flat = at_least_float32(logits).reshape(-1, logits.shape[-1])
+        losses = F.cross_entropy(flat, probabilities, reduction="none", label_smoothing=label_smoothing)
+        return losses.view(labels.shape[:-1])
     flat = F.cross_entropy(
         at_least_float32(logits).reshape(-1, logits.shape[-1]),
         labels.reshape(-1),
@@ -34,6 +39,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         label_smoothing=label_smoothing,
     )
     return flat.view(labels.shape)
+
+
+def is_soft(labels: Tensor) -> bool:
+    """Whether labels of a single-label head are probabilities, (..., num_labels), and not class ids, (...)."""
+    return labels.is_floating_point() and labels.dim() > 1
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -109,7 +119,8 @@ def task_loss(
 ) -> Tensor:
     """What a labelled unit costs without a teacher, as the heads of transformers define it, but one value per unit.
 
-    single_label_classification: cross-entropy; logits (..., num_labels), labels (...) class ids, -100 costs 0.
+    single_label_classification: cross-entropy; logits (..., num_labels), labels (...) class ids, -100 costs 0, or
+        (..., num_labels) probabilities.
     multi_label_classification: binary cross-entropy, averaged over labels; logits and labels (batch, num_labels).
     regression: squared error, averaged over outputs; logits (batch, outputs), labels (batch,) or (batch, outputs).
     """
@@ -133,8 +144,10 @@ def two_class_logits(logits: Tensor) -> Tensor:
 
 def labelled_units(labels: Tensor, problem_type: str = "single_label_classification") -> Tensor:
     """Which units carry a label: (batch,) or, for token heads, (batch, tokens); booleans."""
-    if problem_type == "single_label_classification":
+    if problem_type == "single_label_classification" and not is_soft(labels):
         return labels != IGNORED
+    if problem_type == "single_label_classification":
+        return torch.ones(labels.shape[:-1], dtype=torch.bool, device=labels.device)
     return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 
 
@@ -171,3 +184,18 @@ def weight_distance(weights: Mapping[str, Tensor], start: Mapping[str, Tensor]) 
         if tensor.is_floating_point()
     )
     return total**0.5
+
+
+def class_reliability(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """How far a teacher may be trusted on each class: the mean of gamma over the examples with that label, (num_labels,).
+
+    gamma = p_y - mean of the other classes' p = (m p_y - 1) / (m - 1) for m classes, p at temperature 1; from -1 / (m - 1)
+    to 1, and 0 for a teacher that guesses. No maximum over the other classes: this is not the usual margin.
+    teacher_logits: (examples, num_labels), labels: (examples,) class ids. A class without an example is NaN.
+    The formula is read in a later paper of the same group, which attributes it to Lukasik et al. 2022 (arXiv 2106.10494).
+    """
+    classes = teacher_logits.shape[-1]
+    probabilities = F.softmax(at_least_float32(teacher_logits), dim=-1)
+    gamma = (classes * probabilities.gather(-1, labels[:, None]).squeeze(-1) - 1) / (classes - 1)
+    nothing = gamma.new_zeros(classes)
+    return nothing.index_add(0, labels, gamma) / nothing.index_add(0, labels, torch.ones_like(gamma))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hfkd.functional import IGNORED, decoupled_divergence
+from hfkd.functional import IGNORED, decoupled_divergence, is_soft
 from hfkd.objectives.distillation import Distillation, checked_positive, checked_weight, logits_of
 from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput
 
@@ -52,6 +52,10 @@ class DKD(Distillation):
         if "labels" not in batch:
             raise ValueError(
                 f"DKD needs labels at any alpha, and the batch has only {sorted(batch)}: use KD without labels"
+            )
+        if is_soft(batch["labels"]):
+            raise ValueError(
+                "DKD splits off the labelled class, and the labels are probabilities: leave mixup and cutmix off, or use KD"
             )
         labels = batch["labels"].masked_fill(batch["labels"] == IGNORED, 0)  # these units are dropped afterwards
         target, non_target = decoupled_divergence(student.logits, logits_of(teacher, student), labels, self.temperature)

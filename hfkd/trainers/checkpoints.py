@@ -1,4 +1,4 @@
-"""Which saved folders are whole.
+"""Which saved folders are whole, and how their weights are read back.
 
 A folder counts as whole when its manifest, written last and atomically, names the hash of every file in it. Stock
 checkpoints are picked by their number, whole or not, so a run that is killed while it saves cannot be resumed.
@@ -6,10 +6,14 @@ checkpoints are picked by their number, whole or not, so a run that is killed wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers.utils import logging
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hfkd.records import file_hash, read_json, write_json
 
@@ -44,3 +48,27 @@ def last_whole_checkpoint(directory: Path) -> Path | None:
             return checkpoint
         logger.warning(f"{checkpoint}: {', '.join(odd)} is corrupt or truncated; falling back to the one before it")
     return None
+
+
+def load_renamed_weights(model: Any, directory: str | Path) -> bool:
+    """Load weights whose saved names differ from the model's own; False where none differ and nothing was done.
+
+    transformers renames the weights of ViT, DeiT, ViTMAE and others when it saves them, and the stock Trainer reads a
+    checkpoint back by name: it resumes, and loads its best model, without the encoder, with no more than a warning.
+    """
+    saved = saved_names(Path(directory))
+    if not isinstance(model, PreTrainedModel) or saved <= model.state_dict().keys():
+        return False
+    stored = type(model).from_pretrained(directory, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(stored.state_dict(), strict=False)  # what an objective trains has a file of its own
+    return True
+
+
+def saved_names(directory: Path) -> set[str]:
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not (directory / SAFE_WEIGHTS_NAME).is_file():
+        return set()
+    with safe_open(directory / SAFE_WEIGHTS_NAME, "pt") as file:
+        return set(file.keys())

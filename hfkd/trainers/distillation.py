@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ModelOutput
 
-from hfkd.data.collate import DistillationCollator, KeyedCollator
+from hfkd.data.collate import KeyedCollator
 from hfkd.data.rows import label_of_first_row, lengths_of, problem_type_of_label, with_example_ids
 from hfkd.data.sampler import KeyedLengthSampler
 from hfkd.functional import labelled_units
@@ -25,13 +25,16 @@ from hfkd.objectives.objective import Objective
 from hfkd.outputs import Batch, Counts, Progress, TeacherOutput
 from hfkd.teachers import ModelTeacher, Teacher
 from hfkd.trainers.arguments import DistillationArguments, objective_of_other_arguments
-from hfkd.trainers.checkpoints import last_whole_checkpoint, mark_whole
-from hfkd.trainers.equipment import equip, holds_attached, load_attached, save_attached, without_attached
+from hfkd.trainers.checkpoints import last_whole_checkpoint, load_renamed_weights, mark_whole
+from hfkd.trainers.equipment import equip, holds_attached, load_learned, save_learned, without_attached
+from hfkd.trainers.inputs import collator_of, show_teacher
+from hfkd.trainers.schedule import milestone_scheduler
 from hfkd.trainers.teacher_check import (
     SLICE,
     any_labelled,
     logits_in_eval_mode,
     refuse_bad_logits,
+    refuse_other_pixels,
     refuse_other_problem,
     refuse_other_shapes,
     refuse_stale_view,
@@ -124,9 +127,8 @@ class DistillationTrainer(TermTrainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        ours = data_collator is None and isinstance(processing_class, PreTrainedTokenizerBase)
-        if ours:
-            data_collator = DistillationCollator(processing_class)
+        self._default_collator = data_collator is None and collator_of(processing_class, train_dataset)
+        data_collator = self._default_collator or data_collator
         super().__init__(
             model,
             args,
@@ -153,16 +155,13 @@ class DistillationTrainer(TermTrainer):
                 f"label_smoothing_factor={self.args.label_smoothing_factor} acts on the default CrossEntropy only: give "
                 f"label smoothing to {type(objective).__name__} itself and set label_smoothing_factor=0"
             )
+        self.label_names = self.label_names or ["labels"]  # DeiT's head with a teacher and others name none
         self._unequip: Callable[[], None] | None = None
         self.teacher_scores: dict[str, float] | None = None
         self._objective_from_arguments = objective is None
         objective = objective or self._objective_of_arguments(teacher is not None)
         self._set_keyed_collator(numbered=teacher is not None)
         self._set_objective(objective, teacher)
-        theirs = getattr(self.teacher, "processing_class", None)
-        if ours and isinstance(theirs, PreTrainedTokenizerBase):
-            for collator in (self.data_collator, self._eval_collator):
-                collator.teacher_tokenizer = theirs
 
     # ---- set-up ----
 
@@ -174,7 +173,8 @@ class DistillationTrainer(TermTrainer):
         return CrossEntropy(self.args.label_smoothing_factor)
 
     def _set_keyed_collator(self, numbered: bool) -> None:
-        self._eval_collator = copy.deepcopy(self.data_collator)  # stays at round 0, epoch 0: eval masks never change
+        for_evaluation = getattr(self.data_collator, "for_evaluation", lambda: copy.deepcopy(self.data_collator))
+        self._eval_collator = for_evaluation()  # stays at round 0, epoch 0: eval masks never change
         self.keyed: list[Any] = []
         self.add_callback(_PlaceKeyed(self))
         if isinstance(self.data_collator, KeyedCollator):
@@ -198,6 +198,8 @@ class DistillationTrainer(TermTrainer):
         self.objective = objective
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else self._load_teacher(teacher)
         self._meet_student(self.model)
+        for collator in (self.data_collator, self._eval_collator) if self._default_collator else ():
+            show_teacher(collator, getattr(self.teacher, "processing_class", None))
         if self.teacher is not None:
             self._refuse_wrong_inputs(self.teacher)
         if objective.needs & FEATURES and getattr(objective, "alpha", 0) == 1:
@@ -253,6 +255,7 @@ class DistillationTrainer(TermTrainer):
         config = getattr(self.model, "config", None)
         for member in getattr(teacher, "members", [teacher]):
             if hasattr(member, "model"):
+                refuse_other_pixels(member, self.processing_class, self.data_collator, rows)
                 refuse_wrong_view(member, self.processing_class, self.data_collator, rows, config, token_by_token)
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -294,12 +297,27 @@ class DistillationTrainer(TermTrainer):
             self._unequip()
             self._unequip = None
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As in transformers, or in steps at `lr_milestones`."""
+        if self.lr_scheduler is None and getattr(self.args, "lr_milestones", None):
+            self.lr_scheduler = milestone_scheduler(self.args, num_training_steps, optimizer or self.optimizer)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the teacher's and the objective's columns, which the student's forward does not name."""
         super()._set_signature_columns_if_needed()
         teacher_columns = self.teacher.columns if self.teacher is not None else ()
         self._signature_columns = list(
-            dict.fromkeys([*(self._signature_columns or []), *teacher_columns, *self._objective.columns, "example_id"])
+            dict.fromkeys(
+                [
+                    *(self._signature_columns or []),
+                    *teacher_columns,
+                    *self._objective.columns,
+                    *getattr(self.data_collator, "columns", ()),
+                    "example_id",
+                ]
+            )
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -352,6 +370,15 @@ class DistillationTrainer(TermTrainer):
             if training and name in self._objective.needs:
                 view[f"output_{name}"] = True
         return view
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, images are augmented and normalised there, once for both sides."""
+        inputs = super()._prepare_inputs(inputs)
+        return self.data_collator.on_device(inputs) if hasattr(self.data_collator, "on_device") else inputs
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        shown = {"pixel_values": inputs["pixels"]} if "pixels" in inputs else inputs  # not on the device yet
+        return super().floating_point_ops(shown)
 
     def _ask_teacher(self, inputs: Batch) -> TeacherOutput | None:
         if self.teacher is None or "teacher" not in self._objective.needs:
@@ -430,7 +457,8 @@ class DistillationTrainer(TermTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As in transformers, but unlabelled rows keep the teacher's columns and example_id out of the student."""
-        if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
+        inputs = self._prepare_inputs(inputs)
+        if any(inputs.get(name) is None for name in self.label_names):
             inputs = self.student_view(inputs, training=False)
             usual = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
             ignore_keys = [*(ignore_keys or usual), *FEATURES, "projected"]
@@ -506,16 +534,23 @@ class DistillationTrainer(TermTrainer):
         finally:
             self.args.hub_token = token
         if self.args.should_save:
-            save_attached(self._objective, output_dir or self.args.output_dir)
+            save_learned(self._objective, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_attached(self._objective, resume_from_checkpoint)
+        if not self._load_renamed(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_learned(self._objective, resume_from_checkpoint)
+
+    def _load_renamed(self, checkpoint: str, model: Any = None) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        student = self.accelerator.unwrap_model(self.model if model is None else model)
+        return not sharded and load_renamed_weights(student, checkpoint)
 
     def _load_best_model(self) -> None:
         self._take_off()  # what is on the student has a file of its own, and would be reported as missing
-        super()._load_best_model()
-        load_attached(self._objective, str(self.state.best_model_checkpoint))
+        if not self._load_renamed(str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+        load_learned(self._objective, str(self.state.best_model_checkpoint))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(NO_PUSH)

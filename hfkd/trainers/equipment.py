@@ -2,7 +2,7 @@
 
 All of it runs inside the one call of the wrapped module: a second pass outside leaves gradients unsynchronised under
 DDP. It is put on for training (or an evaluation that asks the teacher) and taken off afterwards, so that the student is
-the plain model it was before; what the objective trained is saved beside it in `objective.safetensors`.
+the plain model it was before; what the objective learned is saved beside it in `objective.safetensors`.
 """
 
 from __future__ import annotations
@@ -56,23 +56,29 @@ def without_attached(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.startswith(ATTACHED + ".")}
 
 
-def save_attached(objective: Objective, directory: str | Path) -> None:
-    if objective.attached is not None:
-        weights = {name: tensor.contiguous() for name, tensor in objective.attached.state_dict().items()}
-        save_file(weights, Path(directory) / FILE)
+def save_learned(objective: Objective, directory: str | Path) -> None:
+    """What it trains, and the values of `fit`: buffers whose names end in `_`."""
+    if learned := objective.state_dict():
+        save_file({name: tensor.contiguous() for name, tensor in learned.items()}, Path(directory) / FILE)
 
 
-def load_attached(objective: Objective, directory: str | Path) -> None:
-    """Raises FileNotFoundError when the objective trains something and the checkpoint has none of it."""
-    if objective.attached is None:
-        return
+def load_learned(objective: Objective, directory: str | Path) -> None:
+    """Raises FileNotFoundError when the objective learns something and the checkpoint has none of it."""
     path = Path(directory) / FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no {FILE}, but {type(objective).__name__} trains a projection between the two widths: "
-            "resuming would start it anew; the checkpoint is of another objective"
-        )
-    objective.attached.load_state_dict(load_file(path, device="cpu"))
+        if objective.state_dict():
+            raise FileNotFoundError(
+                f"{directory} has no {FILE}, but {type(objective).__name__} learns {', '.join(objective.state_dict())}: "
+                "resuming would start it anew; the checkpoint is of another objective"
+            )
+        return
+    learned = load_file(path, device="cpu")
+    attached = {name: tensor for name, tensor in learned.items() if name.startswith("attached.")}
+    if objective.attached is not None:
+        objective.attached.load_state_dict({name.removeprefix("attached."): t for name, t in attached.items()})
+    for name in learned.keys() - attached.keys():  # an objective that is not fitted yet holds None there
+        like = getattr(objective, name)
+        setattr(objective, name, learned[name] if like is None else learned[name].to(like.device))
 
 
 def holds_attached(optimizer: Any, objective: Objective) -> bool:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hfkd.data.pixels import PixelView
 from hfkd.data.text import same_tokenizer
 from hfkd.functional import labelled_units
 from hfkd.outputs import Batch, TeacherOutput
@@ -66,6 +67,21 @@ def refuse_wrong_view(
             f"the student's vocabulary has {sizes[0]} tokens, the teacher's {sizes[1]}, and the rows have no "
             "teacher_input_ids: for classification tokenize with hfkd.data.text.tokenize(..., teacher_tokenizer=...); "
             "language-model heads need one vocabulary: choose a teacher with the student's tokenizer"
+        )
+
+
+def refuse_other_pixels(teacher: Any, processing_class: Any, collator: Any, rows: Any) -> None:
+    """Two normalisations or sizes need two views of an image. Raises ValueError where the teacher would read the student's."""
+    theirs, ours = getattr(teacher, "processing_class", None), getattr(collator, "student_view", None)
+    if ours is None and isinstance(processing_class, BaseImageProcessor) and "pixel_values" in rows.column_names:
+        ours = PixelView.of(processing_class)
+    if ours is None or not isinstance(theirs, BaseImageProcessor) or "teacher_pixel_values" in rows.column_names:
+        return
+    shown, wanted = getattr(collator, "teacher_view", None) or ours, PixelView.of(theirs)
+    if shown != wanted:
+        raise ValueError(
+            f"the teacher was trained on images of size {wanted.size}, mean {wanted.mean}, std {wanted.std}, and would see "
+            f"{shown.size}, {shown.mean}, {shown.std}: pass data_collator=ImageCollator(processor, teacher.processing_class)"
         )
 
 
