@@ -32,7 +32,8 @@ class ModelTeacher(Teacher):
 
     model: a local folder or a Hub id (loaded as the architecture its config names, safetensors only), or a module. A
     module is frozen, switched to eval mode, moved and cast **in place**: a copy would cost its memory twice. Pass
-    copy.deepcopy(model) to keep training the original.
+    copy.deepcopy(model) to keep training the original. `processing_class` is the tokenizer, or else the image processor,
+    that lies beside the weights.
     view: the prefix of the teacher's own view of an input. `teacher_input_ids` is read if the batch has it, else the
     shared `input_ids`; the rounds of self-distillation use `clean_`, the input before masking. Next to
     `teacher_input_ids` no mask, types or positions of the shared view are read, because those lie on the student's
@@ -82,7 +83,7 @@ class ModelTeacher(Teacher):
         # The shared names too: a teacher may read what the student does not (token types, say)
         self.columns = (*(f"{view}{name}" for name in (*self._inputs, "positions")), *self._inputs)
         if not isinstance(model, nn.Module):
-            self.processing_class = tokenizer_of(str(model), revision)
+            self.processing_class = tokenizer_of(str(model), revision) or image_processor_of(str(model), revision)
 
     def prepare(self, student: Any, needs: Needs, device: torch.device | str) -> None:
         self._decide_dtype(device)
@@ -130,21 +131,25 @@ class ModelTeacher(Teacher):
 def load_named_architecture(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, allow_untrained: bool = False
 ) -> nn.Module:
-    """Load a checkpoint as the architecture that its own config names.
+    """Load a checkpoint as the architecture that its own config names: of transformers, of hfkd, or of an Auto class.
 
     Raises ValueError when the checkpoint lacks weights of that architecture, unless `allow_untrained`, and OSError when
     it is not there.
     """
     import transformers
 
+    import hfkd.models.cifar_resnet  # noqa: F401, registers its classes
+
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        architecture = (config.architectures or [None])[0]
-        if architecture is None or not hasattr(transformers, architecture):
+        architecture = (config.architectures or [""])[0]
+        kind = class_named(architecture, type(config))
+        if kind is None:
             raise ValueError(
-                f"{name}: its config names no architecture of transformers ({config.architectures}); pass the module"
+                f"{name}: its config names no architecture of transformers ({config.architectures}), nor one that is "
+                "registered with an Auto class; pass the module"
             )
-        model, loading = getattr(transformers, architecture).from_pretrained(
+        model, loading = kind.from_pretrained(
             name,
             config=config,
             revision=revision,
@@ -170,6 +175,18 @@ def load_named_architecture(
             "--allow_untrained_teacher (allow_untrained=True) if that is meant"
         )
     return model
+
+
+def class_named(architecture: str, config_class: type) -> Any:
+    """A model class by its name: one of transformers, or one that an Auto class has for this configuration; else None."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if architecture and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    mappings = [mapping for name, mapping in vars(modeling_auto).items() if name.endswith("_MAPPING")]
+    kinds = (mapping[config_class] for mapping in mappings if config_class in mapping)
+    return next((kind for kind in kinds if getattr(kind, "__name__", None) == architecture), None)
 
 
 def public_name(model: str | Path | nn.Module) -> str:
@@ -200,6 +217,7 @@ def fast_bfloat16(device: torch.device | str) -> bool:
     return kind in ("xpu", "xla")
 
 
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -212,5 +230,18 @@ def tokenizer_of(name: str, revision: str | None = None) -> Any:
         missing_is_none = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
         files = (cached_file(name, file, **missing_is_none) for file in TOKENIZER_FILES)
         return AutoTokenizer.from_pretrained(name, revision=revision) if any(files) else None
+    except (OSError, ValueError):
+        return None
+
+
+def image_processor_of(name: str, revision: str | None = None) -> Any:
+    """The image processor that lies beside a model, None where there is none: in which size and colours it sees."""
+    from transformers import AutoImageProcessor
+    from transformers.utils import cached_file
+
+    try:  # PIL's backend: only the settings are read, and the default one fails where torchvision is broken
+        file = cached_file(name, IMAGE_PROCESSOR_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+        settings = {"revision": revision, "backend": "pil", "trust_remote_code": False}
+        return AutoImageProcessor.from_pretrained(name, **settings) if file else None
     except (OSError, ValueError):
         return None
