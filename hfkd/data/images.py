@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from hfkd.data import embedded
+from hfkd.data.labels import class_labels, declared_names, present_labels
 from hfkd.data.splits import low_resource_subset
-from hfkd.data.text import _declared_names, _labels, _load_folder, _present_labels
+from hfkd.data.text import load_folder
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -218,7 +219,7 @@ def load_images(
         splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     else:
         path = dataset_name or row.path or ""
-        loaded = _load_folder(Path(path), dataset_config) if Path(path).is_dir() else None
+        loaded = load_folder(Path(path), dataset_config) if Path(path).is_dir() else None
         splits = _named_splits(loaded or _load_from_hub(path, dataset_config or row.name), row, path)
     canonical = _canonical(splits, row, image_column, label_column)
     _check_sizes(task, row, canonical)
@@ -391,9 +392,9 @@ def _canonical(
     label = label_column or _label_column(splits["train"], row)
     for split, dataset in splits.items():
         _check_columns(dataset, split, image, label)
-    raw = {split: _present_labels(dataset, split, label) for split, dataset in splits.items()}
-    declared = _declared_names(splits["train"], label, row.label_names)
-    feature, ids, _ = _labels(raw, label, declared, True, "single_label_classification")
+    raw = {split: present_labels(dataset, split, label) for split, dataset in splits.items()}
+    declared = declared_names(splits["train"], label, row.label_names)
+    feature, ids, _ = class_labels(raw, label, declared, True, "single_label_classification")
     return {split: _columns(dataset, image, ids[split], feature) for split, dataset in splits.items()}
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import re
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfkd.data import embedded
+from hfkd.data.labels import class_labels, declared_names, present_labels
 from hfkd.data.splits import group_split
 
 if TYPE_CHECKING:
@@ -373,7 +372,7 @@ def _load_embedded(row: TextTask, seed: int) -> dict[str, Dataset]:
 
 def _load_named(path: str, name: str | None, row: TextTask, seed: int) -> dict[str, Dataset]:
     """The splits of a Hub data set or a local folder, under our names. Validation and test may be missing."""
-    loaded = _load_folder(Path(path), name) if Path(path).is_dir() else _load_from_hub(path, name)
+    loaded = load_folder(Path(path), name) if Path(path).is_dir() else _load_from_hub(path, name)
     wanted = {"train": row.train, **dict(zip(("validation", *row.validation[1:]), row.validation, strict=False))}
     wanted |= {"test": row.test} if row.test else {}
     if row.train not in loaded:
@@ -390,7 +389,7 @@ def _hold_out(train: Dataset, row: TextTask, seed: int) -> dict[str, Dataset]:
     return {"train": train.select(kept), "validation": train.select(held_out)}
 
 
-def _load_folder(path: Path, name: str | None) -> Mapping[str, Dataset]:
+def load_folder(path: Path, name: str | None) -> Mapping[str, Dataset]:
     from datasets import load_dataset, load_from_disk
 
     if (path / "dataset_dict.json").exists():
@@ -495,9 +494,9 @@ def _canonical(
     columns = {split: _text_values(dataset, text_columns, row.group_column) for split, dataset in kept.items()}
     features, names = Features({name: Value("string") for name in columns["train"]}), None
     if column is not None:
-        raw = {split: _present_labels(dataset, split, column) for split, dataset in kept.items()}
-        declared = _declared_names(kept["train"], column, row.label_names)
-        features["label"], labels, names = _labels(raw, column, declared, require_labels, problem_type)
+        raw = {split: present_labels(dataset, split, column) for split, dataset in kept.items()}
+        declared = declared_names(kept["train"], column, row.label_names)
+        features["label"], labels, names = class_labels(raw, column, declared, require_labels, problem_type)
         for split, values in labels.items():
             columns[split]["label"] = values
     loaded = {split: Dataset.from_dict(values, features=features) for split, values in columns.items()}
@@ -537,133 +536,3 @@ def _text_values(dataset: Dataset, text_columns: Sequence[str], group_column: st
     if group_column is not None and group_column in dataset.features:
         values["group"] = [str(group) for group in dataset[group_column][:]]
     return values
-
-
-# ---- labels: the values of one column, by split ----
-
-
-def _present_labels(dataset: Dataset, split: str, column: str) -> list[Any]:
-    """The column's values as they are. Raises `ValueError` when a row has none."""
-    values = dataset[column][:]
-    missing = [number for number, value in enumerate(values) if value is None or str(value).strip() == ""]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(values)} rows of the {split} split have no label in {column!r}, the first is row "
-            f"{missing[0]} (empty texts not counted): label them, or remove them"
-        )
-    return values
-
-
-def _declared_names(train: Dataset, column: str, row_names: Sequence[str] | None) -> list[str] | None:
-    """The class names of the data set or the task. Raises `ValueError` when the two do not agree."""
-    feature = train.features[column]
-    declared = getattr(getattr(feature, "feature", feature), "names", None)
-    if declared and row_names and list(declared) != list(row_names):
-        raise ValueError(f"the data set names its classes {list(declared)} and the task expects {list(row_names)}")
-    return list(declared or row_names or ()) or None
-
-
-def _labels(
-    raw: Mapping[str, list], column: str, declared: list[str] | None, required: bool, problem_type: str
-) -> tuple[Any, dict[str, list], list[str] | None]:
-    """The type of the column label, its values by split, and the class names in the order of their ids, if any."""
-    from datasets import ClassLabel, List, Value
-
-    if problem_type == "regression":
-        return Value("float32"), _numbers(raw, column, declared), None
-    if problem_type == "multi_label_classification":
-        return List(Value("float32")), *_several_classes(raw, column, declared)
-    found = {split: [_label_name(value, column, declared) for value in values] for split, values in raw.items()}
-    names = declared or _sorted_names(found["train"], column)
-    if required and len(names) < 2:
-        raise ValueError(f"fine-tuning needs two classes or more: {column!r} of the train split has only {names}")
-    ids = {split: _class_ids(labels, split, names) for split, labels in found.items()}
-    return ClassLabel(names=names), ids, names
-
-
-def _numbers(raw: Mapping[str, list], column: str, declared: list[str] | None) -> dict[str, list[float]]:
-    if declared:
-        raise ValueError(f"the column {column!r} holds the classes {declared}, which cannot be regressed on")
-    numbers = {split: [_number(value, column) for value in values] for split, values in raw.items()}
-    for split, values in numbers.items():
-        if split != "train" and set(values) == {-1.0}:
-            raise ValueError(f"all labels of the {split} split are -1, which stands for hidden labels: leave it out")
-    return numbers
-
-
-def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"the column {column!r} holds {value!r}: regression needs finite numbers")
-    return number
-
-
-def _several_classes(
-    raw: Mapping[str, list], column: str, declared: list[str] | None
-) -> tuple[dict[str, list[list[float]]], list[str]]:
-    """Rows of one 0.0 or 1.0 per class, by split, and the class names."""
-    for value in (value for values in raw.values() for value in values):
-        if not isinstance(value, list):
-            raise ValueError(f"the column {column!r} holds {value!r}: several classes are a list, in json or parquet")
-    if any(isinstance(entry, float) for value in raw["train"] for entry in value):
-        names = declared or [str(number) for number in range(len(raw["train"][0]))]
-        return {split: [_multi_hot(value, column, names) for value in values] for split, values in raw.items()}, names
-    named = {
-        split: [[_label_name(entry, column, declared) for entry in value] for value in values]
-        for split, values in raw.items()
-    }
-    names = declared or _sorted_names([name for value in named["train"] for name in value], column)
-    if not names:
-        raise ValueError(f"no row of the train split has a class in {column!r}")
-    chosen = {split: [set(_class_ids(value, split, names)) for value in values] for split, values in named.items()}
-    numbers = range(len(names))
-    return {split: [[float(n in ids) for n in numbers] for ids in rows] for split, rows in chosen.items()}, names
-
-
-def _multi_hot(value: list, column: str, names: Sequence[str]) -> list[float]:
-    if len(value) != len(names) or not set(value) <= {0.0, 1.0}:
-        raise ValueError(
-            f"the column {column!r} holds {value!r}: one 0.0 or 1.0 for each of {len(names)} classes is needed; class "
-            "ids are whole numbers"
-        )
-    return value
-
-
-def _label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
-    """The class name of a label. A class id is looked up in the names that the data set or the task declares."""
-    if isinstance(value, list | dict):
-        raise ValueError(
-            f"the column {column!r} holds {value!r}: a label is one class, a whole number or a string; for several "
-            "classes a text give problem_type=multi_label_classification"
-        )
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError(
-            f"the column {column!r} holds {value!r}: a label is one class, a whole number or a string; to predict a "
-            "number give problem_type=regression"
-        )
-    if isinstance(value, float):
-        value = int(value)  # parquet written from a table with gaps stores class ids as 1.0
-    is_id = isinstance(value, int) and not isinstance(value, bool) and names is not None
-    return names[value] if is_id and names is not None and 0 <= value < len(names) else str(value)
-
-
-def _sorted_names(found: Sequence[str], column: str) -> list[str]:
-    names = sorted(set(found))
-    if all(re.fullmatch(r"-?\d+", name) for name in names):
-        return sorted(names, key=int)
-    if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
-        for name in names:  # csv holds numbers as text: a fraction among them is refused here
-            _label_name(float(name), column, None)
-    return names
-
-
-def _class_ids(labels: Sequence[str], split: str, names: Sequence[str]) -> list[int]:
-    ids = {name: number for number, name in enumerate(names)}
-    unknown = sorted(set(labels) - set(ids))
-    if unknown:
-        hint = " (-1 often stands for hidden labels, which cannot be scored)" if "-1" in unknown else ""
-        raise ValueError(f"the {split} split has labels that train does not: {unknown}{hint}; known are {list(names)}")
-    return [ids[label] for label in labels]
