@@ -1,4 +1,4 @@
-"""Splits that hold whole groups out, small stratified subsets, and their indices on disk.
+"""Splits that hold whole groups or a part of every class out, small stratified subsets, and their indices on disk.
 
 Seeded and deterministic: the same seed holds out the same groups, whatever the order of the rows.
 """
@@ -59,6 +59,14 @@ def _shares(counts: Sequence[int], size: int) -> list[int]:
     return [share + 1 for share in shares]
 
 
+def rows_of_classes(labels: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """The row numbers of each class, ascending; `labels` has shape (rows,)."""
+    rows_of: dict[Hashable, list[int]] = defaultdict(list)
+    for row, label in enumerate(labels):
+        rows_of[label].append(row)
+    return dict(rows_of)
+
+
 def low_resource_subset(labels: Sequence[Hashable], size: int, seed: int = 0) -> list[int]:
     """Row numbers, ascending, of a stratified subset with `size` rows: every class has one row or more.
 
@@ -66,9 +74,7 @@ def low_resource_subset(labels: Sequence[Hashable], size: int, seed: int = 0) ->
     out, so the shares are counted here. Raises `ValueError` when `size` exceeds the rows or is below the number of
     classes.
     """
-    rows_of = defaultdict(list)
-    for row, label in enumerate(labels):
-        rows_of[label].append(row)
+    rows_of = rows_of_classes(labels)
     if size > len(labels):
         raise ValueError(f"a subset of {size} rows is asked for and there are only {len(labels)}: ask for fewer")
     if size < max(1, len(rows_of)):
@@ -81,6 +87,62 @@ def low_resource_subset(labels: Sequence[Hashable], size: int, seed: int = 0) ->
     for label, share in zip(classes, _shares([len(rows_of[label]) for label in classes], size), strict=True):
         chosen += generator.choice(rows_of[label], size=share, replace=False).tolist()
     return sorted(chosen)
+
+
+def dev_split(
+    labels: Sequence[Hashable], held_out: int | float = 0.2, seed: int = 0, stratified: bool = True
+) -> tuple[list[int], list[int]]:
+    """Row numbers of the two sides, (train, dev), ascending; every class has rows on both.
+
+    `labels` has shape (rows,). `held_out` is a fraction of the rows: of each class (rounded, one row at least), or, with
+    stratified=False, of all of them, whatever their class. Or it is a number of rows per class, the rule for long tails
+    of Lukasik et al. 2022 (arXiv 2106.10494; k = 20 for CIFAR-100-LT, 50 for ImageNet-LT, as reported): a class of at most
+    twice as many rows gives half of them, rounded down (a guess).
+
+    A class draws by itself, seeded by (seed, class): what it holds out does not depend on the other classes' rows.
+    Raises ValueError for a held_out that is neither, and for a class left without a row on one side, with the counts.
+    """
+    rows_of = rows_of_classes(labels)
+    whole = isinstance(held_out, int)
+    if (whole and held_out < 1) or not (whole or 0 < held_out < 1):
+        raise ValueError(
+            f"held_out is {held_out}: give a fraction between 0 and 1, or a number of rows per class from 1"
+        )
+    if whole and not stratified:
+        raise ValueError(
+            f"held_out={held_out} rows per class are a stratified split: give a fraction, or stratified=True"
+        )
+    if stratified:
+        dev = _dev_by_class(rows_of, held_out, seed)
+    else:
+        size = round(held_out * len(labels))
+        dev = np.random.default_rng(seed).permutation(len(labels))[:size].tolist()
+    _refuse_one_sided_classes(rows_of, set(dev), held_out)
+    return sorted(set(range(len(labels))) - set(dev)), sorted(dev)
+
+
+def _dev_by_class(rows_of: dict[Hashable, list[int]], held_out: int | float, seed: int) -> list[int]:
+    dev: list[int] = []
+    for number, label in enumerate(sorted(rows_of, key=str)):
+        count = len(rows_of[label])
+        if isinstance(held_out, int):
+            size = count // 2 if count <= 2 * held_out else held_out
+        else:
+            size = min(max(1, round(held_out * count)), count - 1)
+        dev += np.random.default_rng([seed, number]).permutation(rows_of[label])[:size].tolist()
+    return dev
+
+
+def _refuse_one_sided_classes(rows_of: dict[Hashable, list[int]], dev: set[int], held_out: int | float) -> None:
+    held = {label: sum(row in dev for row in rows) for label, rows in rows_of.items()}
+    odd = [label for label in sorted(rows_of, key=str) if not 0 < held[label] < len(rows_of[label])]
+    if odd or not rows_of:
+        named = ", ".join(f"{label!r}: {len(rows_of[label]) - held[label]} and {held[label]}" for label in odd[:10])
+        raise ValueError(
+            f"held_out={held_out} leaves {len(odd)} of {len(rows_of)} classes without a training or a dev row (training and "
+            f"dev rows of {named or 'no class at all'}): drop such classes, or give them more rows; with stratified=False "
+            "rare ones are missed by chance"
+        )
 
 
 def save_indices(path: str | Path, **splits: Sequence[int]) -> Path:

@@ -75,6 +75,18 @@ class MatthewsCorrelation(_Score):
     key = "matthews_correlation"
 
 
+class MeanPerClassRecall(_Score):
+    """Mean over classes of the fraction of their examples that is predicted rightly."""
+
+    key = "mean_per_class_recall"
+
+
+class WorstClassAccuracy(_Score):
+    """Accuracy on the examples of the class for which it is lowest."""
+
+    key = "worst_class_accuracy"
+
+
 class Pearson(_Score):
     """Pearson's correlation of numbers; nan where either side is constant."""
 
@@ -112,6 +124,8 @@ _OURS: dict[str, tuple[type[_Score], str | None]] = {
     "macro_f1": (F1, "macro"),
     "f1": (F1, None),
     "matthews_correlation": (MatthewsCorrelation, None),
+    "mean_per_class_recall": (MeanPerClassRecall, None),
+    "worst_class_accuracy": (WorstClassAccuracy, None),
     "pearson": (Pearson, None),
     "spearmanr": (Spearman, None),
     "agreement": (Agreement, None),
@@ -155,7 +169,10 @@ def _from_hub(hub_id: str, **settings: Any) -> Any:
 # ---- the Trainer's compute_metrics ----
 
 _NAMES = {
-    "single_label_classification": ("accuracy", "micro_f1", "macro_f1", "f1", "matthews_correlation"),
+    "single_label_classification": (
+        *("accuracy", "micro_f1", "macro_f1", "f1", "matthews_correlation"),
+        *("mean_per_class_recall", "worst_class_accuracy"),
+    ),
     "multi_label_classification": ("micro_f1", "macro_f1"),
     "regression": ("pearson", "spearmanr"),
 }
@@ -167,8 +184,8 @@ def compute_metrics_for(
     """A `compute_metrics` for the Trainer, from logits to {name: score}; the Trainer puts `eval_` before the names.
 
     - "single_label_classification": logits `(examples, classes)`, or `(examples, tokens, classes)` of a token head, argmax;
-      labels of -100 are dropped. Names: accuracy, micro_f1, macro_f1, f1, matthews_correlation. A token head's scores
-      run over tokens, not over entities.
+      labels of -100 are dropped. Names: accuracy, micro_f1, macro_f1, f1, matthews_correlation, mean_per_class_recall,
+      worst_class_accuracy. A token head's scores run over tokens, not over entities.
     - "multi_label_classification": logits and 0/1 labels `(examples, labels)`, threshold 0. Names: micro_f1, macro_f1.
     - "regression": predictions `(examples, 1)` or `(examples,)`. Names: pearson, spearmanr.
 

@@ -101,12 +101,122 @@ def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
     return pearson(stats.rankdata(found), stats.rankdata(expected))
 
 
+# ---- classes and subgroups ----
+
+
+def per_class_recall(predictions: ArrayLike, labels: ArrayLike, num_labels: int | None = None) -> NDArray[np.float64]:
+    """Accuracy on the examples of each class, `(num_labels,)`; nan for a class without an example.
+
+    predictions, labels: class ids from 0, `(examples,)`. num_labels is by default the largest label plus 1: give it where
+    the last class may have no example, or two models are compared over different classes.
+    """
+    found, expected = _class_ids(predictions, labels)
+    number = int(expected.max()) + 1 if num_labels is None else num_labels
+    if expected.min() < 0 or expected.max() >= number:
+        raise ValueError(
+            f"labels run from {expected.min()} to {expected.max()}, the classes from 0 to {number - 1}: drop unlabelled "
+            "examples first"
+        )
+    expected = expected.astype(np.int64)
+    hits = np.bincount(expected, weights=found == expected, minlength=number)
+    counts = np.bincount(expected, minlength=number)
+    return np.divide(hits, counts, out=np.full(number, np.nan), where=counts > 0)
+
+
+def mean_per_class_recall(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of `per_class_recall` over the classes that have examples (balanced accuracy): every class counts alike.
+
+    It is the accuracy where all classes have equally many examples.
+    """
+    return float(np.nanmean(per_class_recall(predictions, labels)))
+
+
+def worst_k(recalls: ArrayLike, k: int = 1) -> float:
+    """Mean of the k smallest of one model's recalls `(num_labels,)`; nan (a class without an example) is left out.
+
+    Each model is scored on its own worst classes, not on the rarest ones, nor on those of another model.
+    """
+    known = np.asarray(recalls, dtype=np.float64)
+    known = np.sort(known[~np.isnan(known)])
+    if not 1 <= k <= known.size:
+        raise ValueError(f"k must lie between 1 and the {known.size} classes that have examples, not {k}")
+    return float(known[:k].mean())
+
+
+def worst_class_accuracy(predictions: ArrayLike, labels: ArrayLike, k: int = 1) -> float:
+    """`worst_k` of `per_class_recall`. With few examples in a class it is noisy: over seeds, prefer a k of several."""
+    return worst_k(per_class_recall(predictions, labels), k)
+
+
+def subgroup_accuracy(
+    predictions: ArrayLike, labels: ArrayLike, groups: Sequence[Any] | NDArray[Any]
+) -> dict[Any, float]:
+    """Accuracy of each group, by the group's name, in sorted order; all three of shape `(examples,)`.
+
+    A group is any value that sorts: a word, a number, a tuple such as (label, sex). Raises `ValueError` for an example
+    without a group (None).
+    """
+    found, expected = _class_ids(predictions, labels)
+    names = list(groups)
+    if len(names) != len(expected) or any(name is None for name in names):
+        raise ValueError(
+            f"{len(expected)} examples need {len(expected)} groups, not {len(names)}, of which "
+            f"{sum(name is None for name in names)} are missing: name the group of every example"
+        )
+    hits: dict[Any, list[bool]] = {}
+    for name, hit in zip(names, (found == expected).tolist(), strict=True):
+        hits.setdefault(name, []).append(hit)
+    return {name: sum(hits[name]) / len(hits[name]) for name in sorted(hits)}
+
+
+def per_class_difference(
+    predictions: ArrayLike, reference_predictions: ArrayLike, labels: ArrayLike, num_labels: int | None = None
+) -> NDArray[np.float64]:
+    """`per_class_recall` of a model minus that of a reference run, on the same examples; above 0 where the model gains.
+
+    `(num_labels,)`; nan for a class without an example. The reference of distillation is the same student on labels alone.
+    """
+    model = per_class_recall(predictions, labels, num_labels)
+    return model - per_class_recall(reference_predictions, labels, num_labels)
+
+
+def probability_margins(logits: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """gamma of each example: p_y minus the mean of the other classes' p, in [-1 / (m - 1), 1] for m classes; `(examples,)`.
+
+    logits: `(examples, num_labels)`, labels: `(examples,)`. Its mean per class is `hfkd.functional.class_reliability`.
+    """
+    probabilities = np.exp(_log_probabilities(logits))
+    expected, classes = _labels_of(probabilities, labels), probabilities.shape[-1]
+    _refuse_one_class(classes)
+    return (classes * probabilities[np.arange(len(expected)), expected] - 1) / (classes - 1)
+
+
+def logit_margins(logits: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """z_y minus the largest other logit, `(examples,)`: above 0 where the prediction is right, unbounded."""
+    found = _log_probabilities(logits)  # shifted by a constant per example, which the difference does not see
+    expected = _labels_of(found, labels)
+    _refuse_one_class(found.shape[-1])
+    rows = np.arange(len(expected))
+    others = found.copy()
+    others[rows, expected] = -np.inf
+    return found[rows, expected] - others.max(1)
+
+
+def _refuse_one_class(classes: int) -> None:
+    if classes < 2:
+        raise ValueError("a margin is to other classes, and the logits have one column")
+
+
+# ---- by name ----
+
 _METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "accuracy": accuracy,
     "micro_f1": lambda predictions, labels: f1(predictions, labels, "micro"),
     "macro_f1": lambda predictions, labels: f1(predictions, labels, "macro"),
     "f1": lambda predictions, labels: f1(predictions, labels, "binary"),
     "matthews_correlation": matthews_correlation,
+    "mean_per_class_recall": mean_per_class_recall,
+    "worst_class_accuracy": worst_class_accuracy,
     "pearson": pearson,
     "spearmanr": spearman,
 }

@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfkd.diagnostics.metrics import mean_and_std
+from hfkd.diagnostics.metrics import mean_and_std, paired_difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,6 +98,89 @@ def objective_scores(rows: Rows, path: PathLike) -> Figure:
     axes.set_ylabel(f"{_words(str(rows[0]['metric']))} (%)")
     axes.set_title(f"{_words(str(rows[0]['metric']))} per objective{_seed_note(groups)}")
     return _write(figure, path)
+
+
+def class_changes(
+    changes: Mapping[str, Sequence[Sequence[float]]],
+    frequency: Sequence[float],
+    reliability: Sequence[float],
+    path: PathLike,
+) -> Figure:
+    """Who pays for the average: each class's change against its frequency (left) and the teacher's reliability (right).
+
+    changes: for each method, by its name, one row a seed, (seeds, classes), of `metrics.per_class_difference` to the
+    one-hot student of the same seed: fractions, drawn in percentage points as mean and 95 % interval (Student's t over
+    seeds; none for one seed). frequency: training rows of each class, (classes,), on a logarithmic axis. reliability:
+    (classes,), of `functional.class_reliability`. A class that is nan anywhere is left out of what it is nan in.
+    """
+    _need(list(changes), "changes")
+    seeds = [len(rows) for rows in changes.values()]
+    if any(len(row) != len(frequency) or len(row) != len(reliability) for rows in changes.values() for row in rows):
+        raise ValueError(
+            f"every seed needs a change for each class, and there are {len(frequency)} frequencies and {len(reliability)} "
+            f"reliabilities, but rows of {sorted({len(row) for rows in changes.values() for row in rows})} changes"
+        )
+    if any(abs(value) > 1.0 for rows in changes.values() for row in rows for value in row):
+        raise ValueError("changes are differences of fractions, in [-1, 1]: divide percentage points by 100")
+    figure, (left, right) = _figure(2, (11.0, 4.6))
+    figure.set_layout_engine("constrained")  # the only one that leaves room for a legend below both panels
+    right.sharey(left)
+    for axes, places in ((left, frequency), (right, reliability)):
+        axes.axhline(0.0, color="0.4", linewidth=0.9, zorder=1)
+        for index, (method, rows) in enumerate(changes.items()):
+            shift = index - (len(changes) - 1) / 2
+            _class_points(axes, _beside(places, shift, axes is left), rows, index, method)
+        axes.set_ylabel("change of recall (percentage points)")
+    left.set_xscale("log")
+    _plain_numbers(left)
+    left.set_xlabel("training rows of the class")
+    right.set_xlabel("teacher's reliability on the class (mean gamma, held out)")
+    left.set_title("Distilled minus one-hot per class, by frequency", fontsize=11)
+    right.set_title("Distilled minus one-hot per class, by the teacher's reliability", fontsize=11)
+    several = f"mean and 95 % interval, {'-'.join(map(str, sorted(set(seeds))))} seeds"
+    figure.suptitle(f"Who pays for the average ({'one seed' if set(seeds) == {1} else several})", fontsize=12)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(changes)), frameon=False
+    )
+    return _write(figure, path)
+
+
+def _beside(places: Sequence[float], shift: float, logarithmic: bool) -> list[float]:
+    """Methods stand side by side at one class: a little to the left and right of its place."""
+    if logarithmic:
+        return [float(place) * 1.05**shift for place in places]
+    known = [float(place) for place in places if place == place]
+    width = (max(known) - min(known) or 1.0) if known else 1.0
+    return [float(place) + 0.008 * width * shift for place in places]
+
+
+def _class_points(
+    axes: Axes, places: Sequence[float], rows: Sequence[Sequence[float]], index: int, method: str
+) -> None:
+    points = []
+    for label, place in enumerate(places):
+        values = [100.0 * float(row[label]) for row in rows]
+        if place != place or any(value != value for value in values):
+            continue
+        mean, low, high = paired_difference(values, [0.0] * len(values)) if len(values) > 1 else (values[0],) * 3
+        points.append((place, mean, mean - low, high - mean))
+    if points:
+        x, y, below, above = zip(*points, strict=True)
+        color, crowded = _PALETTE[index % len(_PALETTE)], len(points) > 30
+        if len(rows) > 1:
+            faint = 0.25 if crowded else 0.7  # a hundred intervals would hide their means
+            axes.errorbar(x, y, [below, above], ecolor=color, elinewidth=0.9, linestyle="none", alpha=faint, zorder=2)
+        style: dict[str, Any] = {"color": color, "marker": _MARKERS[index % len(_MARKERS)]}
+        axes.plot(x, y, markersize=4 if crowded else 6, linestyle="none", label=method, zorder=3, **style)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """50, 100, 200 on a logarithmic axis instead of powers of ten: class sizes seldom span three of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: PathLike) -> Figure:

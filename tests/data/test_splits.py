@@ -1,11 +1,13 @@
 """Splits: whole groups on one side, every class in a subset, the same rows for the same seed."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfkd.data.splits import group_split, load_indices, low_resource_subset, save_indices
+from hfkd.data.splits import dev_split, group_split, load_indices, low_resource_subset, rows_of_classes, save_indices
 
 groups_of_rows = st.lists(st.integers(0, 12).map(lambda number: f"movie-{number}"), min_size=2, max_size=60).filter(
     lambda groups: len(set(groups)) >= 2
@@ -80,6 +82,83 @@ def test_a_subset_that_cannot_be_drawn_names_both_numbers():
         low_resource_subset([0, 1, 2], 5)
     with pytest.raises(ValueError, match="2 rows cannot show all 3 classes"):
         low_resource_subset([0, 1, 2], 2)
+
+
+def test_a_fifth_of_each_class_is_held_out_as_scikit_learn_does_it():
+    """A dev split with other shares measures the teacher's reliability on other numbers of examples than it says."""
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [503, 250, 48])).tolist()
+    _, theirs = next(StratifiedShuffleSplit(1, test_size=0.2, random_state=0).split(labels, labels))
+    train, dev = dev_split(labels, 0.2)
+    expected, found = Counter(labels[row] for row in theirs), Counter(labels[row] for row in dev)
+    assert all(abs(expected[label] - found[label]) <= 1 for label in range(3))
+    assert sorted(train + dev) == list(range(801)) and dev == sorted(dev) and train == sorted(train)
+    assert found == {0: 101, 1: 50, 2: 10}
+
+
+@settings(deadline=None, max_examples=80)
+@given(labels=labels_of_rows, k=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_k_a_class_and_half_of_the_small_ones(labels, k, seed):
+    """More than half of a rare class held out leaves it nothing to learn from; one row too few changes every alpha."""
+    labels = [label for label in labels for _ in range(2)]
+    train, dev = dev_split(labels, k, seed)
+    counts, held = Counter(labels), Counter(labels[row] for row in dev)
+    for label, count in counts.items():
+        assert held[label] == (k if count > 2 * k else count // 2)
+    assert sorted(train + dev) == list(range(len(labels)))
+    assert (train, dev) == dev_split(labels, k, seed)
+
+
+@pytest.mark.parametrize("held_out", [0.2, 7])
+def test_what_a_class_holds_out_is_its_own_affair(held_out):
+    """Were the draw one for all classes, more rows of one class would redraw the dev rows of all others."""
+    few, many = (dev_split(["c"] * 50 + ["a"] * size + ["b"] * 30, held_out)[1] for size in (20, 90))
+    assert [row for row in few if row < 50] == [row for row in many if row < 50]
+    drawn = [[row - start for row in few if 0 <= row - start < 20] for start in (50, 70)]
+    assert drawn[0] != drawn[1], "two classes draw the same places"
+
+
+def test_a_plain_split_counts_rows_and_another_seed_draws_others():
+    """A seed that is ignored makes five seeds one."""
+    labels = [row % 4 for row in range(400)]
+    for stratified in (True, False):
+        first, second = (dev_split(labels, 0.2, seed, stratified) for seed in (0, 1))
+        assert first == dev_split(labels, 0.2, 0, stratified) != second
+        assert [len(side) for side in first] == [len(side) for side in second] == [320, 80]
+    assert len(set(Counter(row % 4 for row in dev_split(labels, 0.2, 0, False)[1]).values())) > 1, (
+        "plain, not stratified"
+    )
+
+
+def test_a_class_with_one_side_is_named_with_its_counts():
+    """alpha of a class without a dev row is a mean over nothing; without a training row it weighs nothing."""
+    labels = ["cat"] * 10 + ["dog"] + ["owl"] * 2
+    for held_out in (0.2, 3):
+        with pytest.raises(ValueError, match=r"1 of 3 classes .*'dog': 1 and 0\)"):
+            dev_split(labels, held_out)
+    with pytest.raises(ValueError, match=r"3 of 3 classes .*'cat': 10 and 0, 'dog': 0 and 1, 'owl': 2 and 0\)"):
+        dev_split(labels, 0.05, stratified=False)
+    with pytest.raises(ValueError, match="no class at all"):
+        dev_split([], 0.2)
+
+
+@pytest.mark.parametrize("held_out", [0, -1, 0.0, 1.0, 1.5, float("nan")])
+def test_a_size_that_is_none_is_an_error(held_out):
+    """1.0 for one row per class would hold out everything."""
+    with pytest.raises(ValueError, match=f"held_out is {held_out}"):
+        dev_split([0, 0, 1, 1], held_out)
+
+
+def test_rows_per_class_are_a_stratified_split():
+    """stratified=False that is ignored gives another split than was asked for."""
+    with pytest.raises(ValueError, match="held_out=2 rows per class"):
+        dev_split([0, 0, 1, 1], 2, stratified=False)
+
+
+def test_rows_of_classes_are_all_rows():
+    """A row that belongs to no class is in no split."""
+    assert rows_of_classes(["b", "a", "b"]) == {"b": [0, 2], "a": [1]}
 
 
 def test_indices_come_back_as_they_were_saved(tmp_path):

@@ -31,7 +31,7 @@ LABELS = generator.integers(0, 2, 40)
 FOUND = np.where(generator.random(40) < 0.7, LABELS, 1 - LABELS)
 NAMES = (
     *("accuracy", "micro_f1", "macro_f1", "f1", "matthews_correlation"),
-    *("pearson", "spearmanr", "agreement"),
+    *("mean_per_class_recall", "worst_class_accuracy", "pearson", "spearmanr", "agreement"),
 )
 
 
@@ -43,6 +43,8 @@ def by_scikit_learn(name, found, expected):
         "macro_f1": lambda: sklearn.metrics.f1_score(expected, found, average="macro"),
         "f1": lambda: sklearn.metrics.f1_score(expected, found),
         "matthews_correlation": lambda: sklearn.metrics.matthews_corrcoef(expected, found),
+        "mean_per_class_recall": lambda: sklearn.metrics.balanced_accuracy_score(expected, found),
+        "worst_class_accuracy": lambda: min(sklearn.metrics.recall_score(expected, found, average=None)),
         "pearson": lambda: np.corrcoef(found, expected)[0, 1],
         "spearmanr": lambda: stats.spearmanr(found, expected).statistic,
     }[name]()

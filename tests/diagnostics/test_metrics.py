@@ -20,17 +20,25 @@ from hfkd.diagnostics.metrics import (
     expected_calibration_error,
     f1,
     gap_closed,
+    logit_margins,
     matthews_correlation,
     mean_and_std,
     mean_kl_divergence,
+    mean_per_class_recall,
     multilabel_f1,
     negative_log_likelihood,
     paired_difference,
     pearson,
+    per_class_difference,
+    per_class_recall,
+    probability_margins,
     score,
     spearman,
+    subgroup_accuracy,
     token_accuracy,
     token_f1,
+    worst_class_accuracy,
+    worst_k,
 )
 
 generator = np.random.default_rng(0)
@@ -85,9 +93,13 @@ def test_score_dispatches_by_name_and_lists_the_known_names():
     assert score("macro_f1", PREDICTIONS, LABELS) == f1(PREDICTIONS, LABELS, "macro")
     assert score("matthews_correlation", PREDICTIONS, LABELS) == matthews_correlation(PREDICTIONS, LABELS)
     assert score("f1", PREDICTIONS == 1, LABELS == 1) == f1(PREDICTIONS == 1, LABELS == 1, "binary")
+    assert score("mean_per_class_recall", PREDICTIONS, LABELS) == mean_per_class_recall(PREDICTIONS, LABELS)
+    assert score("worst_class_accuracy", PREDICTIONS, LABELS) == worst_class_accuracy(PREDICTIONS, LABELS)
     assert score("pearson", VALUES, TARGETS) == pearson(VALUES, TARGETS)
     assert score("spearmanr", VALUES, TARGETS) == spearman(VALUES, TARGETS)
-    known = "accuracy, micro_f1, macro_f1, f1, matthews_correlation, pearson, spearmanr"
+    known = (
+        "accuracy, micro_f1, macro_f1, f1, matthews_correlation, mean_per_class_recall, worst_class_accuracy, pearson"
+    )
     with pytest.raises(ValueError, match=known):
         score("spearman", VALUES, TARGETS)
 
@@ -205,6 +217,121 @@ def test_a_constant_has_no_correlation(correlation):
         correlation([1.0, math.nan, 3.0], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="at least 2"):
         correlation([1.0], [1.0])
+
+
+# ---- classes and subgroups ----
+
+
+def test_recalls_are_those_of_scikit_learn():
+    """Precision in the place of recall blames the wrong class: the one that others are taken for."""
+    expected = sklearn.metrics.recall_score(LABELS, PREDICTIONS, labels=range(4), average=None)
+    assert per_class_recall(PREDICTIONS, LABELS).tolist() == pytest.approx(expected.tolist(), abs=1e-15)
+    balanced = sklearn.metrics.balanced_accuracy_score(LABELS, np.minimum(PREDICTIONS, 4) % 4)
+    assert mean_per_class_recall(np.minimum(PREDICTIONS, 4) % 4, LABELS) == pytest.approx(balanced, abs=1e-12)
+
+
+def test_a_class_without_examples_has_no_recall_and_does_not_count():
+    """A 0 for it makes every model's worst class a class that was never tested."""
+    found = per_class_recall([0, 1, 3], [0, 0, 3], num_labels=6)
+    np.testing.assert_array_equal(found, [0.5, np.nan, np.nan, 1.0, np.nan, np.nan])
+    assert mean_per_class_recall([0, 1, 3], [0, 0, 3]) == 0.75
+    assert worst_class_accuracy([0, 1, 3], [0, 0, 3]) == 0.5
+    assert worst_k([np.nan, 0.5, 1.0, np.nan], 2) == 0.75
+
+
+def test_worst_k_is_of_the_model_that_is_scored():
+    """The k rarest classes, or those that are worst for the baseline, hide the classes that a method sacrifices."""
+    recalls = [0.9, 0.2, 0.7, 0.4]
+    assert [worst_k(recalls, k) for k in (1, 2, 3, 4)] == pytest.approx([0.2, 0.3, 1.3 / 3, 0.55])
+    found, labels = np.repeat([0, 1, 1, 0], 5), np.repeat([0, 0, 1, 1], 5)
+    assert worst_class_accuracy(found, labels) == 0.5
+    assert worst_class_accuracy(PREDICTIONS, LABELS, 2) == worst_k(per_class_recall(PREDICTIONS, LABELS), 2)
+    for k in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"between 1 and the 4 classes that have examples, not {k}"):
+            worst_k(recalls, k)
+    with pytest.raises(ValueError, match="the 2 classes that have examples, not 3"):
+        worst_k([math.nan, 0.5, 1.0], 3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40))
+def test_accuracy_is_the_mean_of_recalls_by_class_size_and_the_worst_is_the_least(pairs):
+    """The law that ties the three numbers of the table together."""
+    found, labels = map(np.array, zip(*pairs, strict=True))
+    recalls, shares = per_class_recall(found, labels, 5), np.bincount(labels, minlength=5) / len(labels)
+    assert np.nansum(recalls * shares) == pytest.approx(accuracy(found, labels))
+    known = recalls[~np.isnan(recalls)]
+    assert worst_class_accuracy(found, labels) == known.min() <= mean_per_class_recall(found, labels) <= known.max()
+    assert worst_k(recalls, len(known)) == pytest.approx(mean_per_class_recall(found, labels))
+
+
+@pytest.mark.parametrize(("labels", "message"), [([0, 1, -100], "from -100 to 1"), ([0, 1, 4], "from 0 to 4")])
+def test_labels_of_no_class_are_refused_in_recalls(labels, message):
+    """-100 counted as a class drags the mean down by a class that nobody can predict."""
+    with pytest.raises(ValueError, match=f"labels run {message}"):
+        per_class_recall([0, 1, 2], labels, num_labels=3)
+
+
+def test_subgroups_have_their_accuracy_each():
+    """A subgroup scored on the rows of another says the opposite of who is harmed."""
+    groups = np.array(["b", "a", "c"])[np.arange(60) % 3]
+    found = subgroup_accuracy(PREDICTIONS, LABELS, groups)
+    assert list(found) == ["a", "b", "c"]
+    for name, value in found.items():
+        expected = sklearn.metrics.accuracy_score(LABELS[groups == name], PREDICTIONS[groups == name])
+        assert value == pytest.approx(expected)
+    cells = list(zip(LABELS.tolist(), groups.tolist(), strict=True))
+    assert subgroup_accuracy(PREDICTIONS, LABELS, cells)[2, "a"] == pytest.approx(
+        np.mean(PREDICTIONS[(LABELS == 2) & (groups == "a")] == 2)
+    )
+    classes = subgroup_accuracy(PREDICTIONS, LABELS, LABELS)
+    assert list(classes.values()) == pytest.approx(per_class_recall(PREDICTIONS, LABELS).tolist())
+
+
+def test_examples_without_a_group_are_refused():
+    """Left out, the rows that nobody assigned are the ones that nobody looks at."""
+    with pytest.raises(ValueError, match="1 are missing"):
+        subgroup_accuracy([0, 1], [0, 1], ["a", None])
+    with pytest.raises(ValueError, match="need 2 groups, not 1"):
+        subgroup_accuracy([0, 1], [0, 1], ["a"])
+
+
+def test_per_class_difference_is_model_minus_reference():
+    """With the sign turned, the classes that pay for the average look like those that gain."""
+    labels = [0, 0, 1, 1, 3]
+    found = per_class_difference([0, 0, 1, 0, 3], [0, 1, 1, 1, 3], labels, num_labels=4)
+    np.testing.assert_array_equal(found, [0.5, -0.5, np.nan, 0.0])
+
+
+def test_probability_margins_are_gamma_and_average_to_the_reliability():
+    """Another gamma in the analysis than in the method explains nothing of it."""
+    logits = generator.normal(0, 3, (60, 4))
+    found = probability_margins(logits, LABELS)
+    probabilities = torch.from_numpy(logits).softmax(-1).numpy()
+    for value, row, label in zip(found, probabilities, LABELS, strict=True):
+        assert value == pytest.approx(row[label] - np.delete(row, label).mean(), abs=1e-12)
+    reliability = hfkd.functional.class_reliability(torch.from_numpy(logits), torch.from_numpy(LABELS))
+    means = [found[label == LABELS].mean() for label in range(4)]
+    assert means == pytest.approx(reliability.tolist(), abs=1e-12)
+
+
+def test_logit_margins_are_positive_where_the_prediction_is_right():
+    """A margin to all classes, the label among them, is never above 0."""
+    logits = generator.normal(0, 3, (60, 4))
+    found = logit_margins(logits, LABELS)
+    expected = [row[label] - np.delete(row, label).max() for row, label in zip(logits, LABELS, strict=True)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
+    assert ((found > 0) == (logits.argmax(1) == LABELS)).all()
+
+
+@pytest.mark.parametrize("margins", [probability_margins, logit_margins])
+def test_margins_need_classes_and_their_labels(margins):
+    """Labels of -1 index the last class."""
+    with pytest.raises(ValueError, match="labels run from -1"):
+        margins(np.zeros((2, 3)), [0, -1])
+    with pytest.raises(ValueError, match="one column"):
+        margins(np.zeros((2, 1)), [0, 0])
+    with pytest.raises(ValueError, match="diverged"):
+        margins(np.full((2, 3), np.nan), [0, 1])
 
 
 # ---- student beside teacher ----

@@ -22,6 +22,10 @@ HISTORIES = {
     "round 0": [{"step": 10, "pretrain_loss": 3.0}, {"step": 20, "pretrain_loss": 2.5}, {"train_runtime": 1.0}],
     "round 1": [{"step": 10, "pretrain_loss": 3.1, "distill_loss": 8.0}, {"step": 20, "distill_loss": 4.0}],
 }
+CHANGES = {  # of two seeds and three classes; the last class has no test example
+    "KD": [[0.02, -0.10, float("nan")], [0.04, -0.06, float("nan")]],
+    "AdaAlpha": [[0.01, -0.01, float("nan")], [0.01, 0.03, float("nan")]],
+}
 DRAW = {
     "stage_scores": (lambda path: plots.stage_scores(ROWS, path), [("stage", "Accuracy (%)")]),
     "stage_distances": (
@@ -41,6 +45,13 @@ DRAW = {
         [
             ("optimizer step", "pretrain_loss (per masked position)"),
             ("optimizer step", "distill_loss (squared distance)"),
+        ],
+    ),
+    "class_changes": (
+        lambda path: plots.class_changes(CHANGES, [400, 40, 4], [0.9, 0.5, 0.1], path),
+        [
+            ("training rows of the class", "change of recall (percentage points)"),
+            ("teacher's reliability on the class (mean gamma, held out)", "change of recall (percentage points)"),
         ],
     ),
     "against": (
@@ -86,6 +97,44 @@ def test_every_seed_is_drawn_and_the_gap_is_test_minus_train(tmp_path):
     gaps = plots.stage_gaps(ROWS, tmp_path / "b.png").axes[1]
     means = [line.get_ydata()[0] for line in gaps.lines if line.get_marker() == "D"]
     assert means == pytest.approx([0.5, 0.38])
+
+
+def test_class_changes_show_each_class_at_its_place_with_its_interval(tmp_path):
+    """Points at another class's frequency, or standard deviations for intervals, blame and acquit the wrong classes."""
+    from scipy import stats
+
+    left, right = DRAW["class_changes"][0](tmp_path / "a.png").axes
+    assert left.get_xscale() == "log" and right.get_xscale() == "linear"
+    for axes, places in ((left, [400, 40]), (right, [0.9, 0.5])):
+        drawn = {line.get_label(): line for line in axes.lines if line.get_label() in CHANGES}
+        assert list(drawn) == list(CHANGES)
+        assert list(drawn["KD"].get_ydata()) == pytest.approx([3.0, -8.0]), "points, not fractions; nan is left out"
+        assert list(drawn["AdaAlpha"].get_ydata()) == pytest.approx([1.0, 1.0])
+        assert list(drawn["KD"].get_xdata()) == pytest.approx(places, rel=0.03)
+        bars = axes.collections[0].get_segments()
+        expected = stats.t.interval(0.95, 1, loc=-8.0, scale=2.0)
+        assert [end[1] for end in bars[1]] == pytest.approx(expected)
+        assert any(list(line.get_ydata()) == [0.0, 0.0] for line in axes.lines), "the line of no change"
+    nowhere = [
+        0.9,
+        float("nan"),
+        0.1,
+    ]  # without the class that loses most, the right panel's own scale would be another
+    left, right = plots.class_changes(CHANGES, [400, 40, 4], nowhere, tmp_path / "b.png").axes
+    assert left.get_ylim() == right.get_ylim()
+
+
+def test_class_changes_of_one_seed_have_no_interval_and_wrong_sizes_are_said(tmp_path):
+    """An interval of one seed is made up; percentage points times 100 are off the chart."""
+    one = {"KD": [[0.02, -0.10]]}
+    figure = plots.class_changes(one, [9, 9], [0.5, 0.5], tmp_path / "one.png")
+    assert not any(axes.collections for axes in figure.axes) and "one seed" in figure.get_suptitle()
+    with pytest.raises(ValueError, match=r"3 frequencies and 3 reliabilities, but rows of \[2\]"):
+        plots.class_changes(one, [1, 2, 3], [0.1, 0.2, 0.3], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="divide percentage points by 100"):
+        plots.class_changes({"KD": [[2.0, -10.0]]}, [1, 2], [0.1, 0.2], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="changes"):
+        plots.class_changes({}, [], [], tmp_path / "a.png")
 
 
 def test_against_sorts_by_x(tmp_path):
