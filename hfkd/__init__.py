@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaAlpha": "hfkd.objectives",
+    "AdaMargin": "hfkd.objectives",
     "AttentionMaps": "hfkd.objectives",
+    "BalancedStudent": "hfkd.objectives",
     "CrossEntropy": "hfkd.objectives",
     "DIST": "hfkd.objectives",
     "DKD": "hfkd.objectives",
+    "DeiTToken": "hfkd.objectives",
     "Distillation": "hfkd.objectives",
     "GeneralizedJSD": "hfkd.objectives",
+    "GroupDRO": "hfkd.objectives",
     "HiddenStates": "hfkd.objectives",
     "KD": "hfkd.objectives",
     "LogitMSE": "hfkd.objectives",
@@ -41,6 +46,9 @@ _HOME = {
     "SelfDistillationTrainer": "hfkd.trainers.self_distillation",
     "DistillationCollator": "hfkd.data.collate",
     "MaskedLMCollator": "hfkd.data.collate",
+    "CifarResNetConfig": "hfkd.models.cifar_resnet",
+    "CifarResNetForImageClassification": "hfkd.models.cifar_resnet",
+    "cifar_resnet_config": "hfkd.models.cifar_resnet",
     "init_student_from_teacher": "hfkd.models.student",
     "two_view_model": "hfkd.models.two_view",
 }
@@ -52,15 +60,23 @@ if TYPE_CHECKING:
     from hfkd.cache import verify_cache as verify_cache
     from hfkd.data.collate import DistillationCollator as DistillationCollator
     from hfkd.data.collate import MaskedLMCollator as MaskedLMCollator
+    from hfkd.models.cifar_resnet import CifarResNetConfig as CifarResNetConfig
+    from hfkd.models.cifar_resnet import CifarResNetForImageClassification as CifarResNetForImageClassification
+    from hfkd.models.cifar_resnet import cifar_resnet_config as cifar_resnet_config
     from hfkd.models.student import init_student_from_teacher as init_student_from_teacher
     from hfkd.models.two_view import two_view_model as two_view_model
     from hfkd.objectives import DIST as DIST
     from hfkd.objectives import DKD as DKD
     from hfkd.objectives import KD as KD
+    from hfkd.objectives import AdaAlpha as AdaAlpha
+    from hfkd.objectives import AdaMargin as AdaMargin
     from hfkd.objectives import AttentionMaps as AttentionMaps
+    from hfkd.objectives import BalancedStudent as BalancedStudent
     from hfkd.objectives import CrossEntropy as CrossEntropy
+    from hfkd.objectives import DeiTToken as DeiTToken
     from hfkd.objectives import Distillation as Distillation
     from hfkd.objectives import GeneralizedJSD as GeneralizedJSD
+    from hfkd.objectives import GroupDRO as GroupDRO
     from hfkd.objectives import HiddenStates as HiddenStates
     from hfkd.objectives import LogitMSE as LogitMSE
     from hfkd.objectives import MiniLMRelations as MiniLMRelations

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hfkd.models.two_view import TwoViewOutput
+from hfkd.models.two_view_mae import TwoViewImageOutput
 from hfkd.objectives.objective import Objective
 from hfkd.outputs import Batch, Progress, StudentOutput, TeacherOutput, Terms
 from hfkd.teachers import Teacher
@@ -49,6 +50,15 @@ def classification_case(
     teacher = torch.randn(8, num_labels, generator=generator, dtype=dtype) * scale
     labels = torch.randint(num_labels, (8,), generator=generator)
     return Case(ModelOutput(logits=student[rows]), TeacherOutput(logits=teacher[rows]), {"labels": labels[rows]})
+
+
+def two_head_case(rows: Tensor, **settings: Any) -> Case:
+    """As `classification_case`, from a student with a second head for the teacher (DeiT, LeViT): cls_logits and
+    distillation_logits (rows, num_labels), and their mean as logits."""
+    case = classification_case(rows, **settings)
+    first, second = case.student.logits, case.student.logits.flip(-1)
+    heads = {"cls_logits": first, "distillation_logits": second}
+    return replace(case, student=ModelOutput(logits=(first + second) / 2, **heads))
 
 
 def multi_label_case(rows: Tensor, **settings: Any) -> Case:
@@ -176,6 +186,31 @@ def two_view_case(rows: Tensor, *, width: int = 6, scale: float = 1.0, dtype: to
     )
 
 
+def masked_image_case(rows: Tensor, *, width: int = 6, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Case:
+    """Eight images of 3 x 4 x 4 pixels in four patches, three of them hidden, as the two-view ViT-MAE and its teacher
+    answer them."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(8, 3, 4, 4, generator=generator)
+    noise = torch.rand(8, 4, generator=generator).argsort(1) / 4
+    logits = torch.randn(2, 8, 4, 12, generator=generator, dtype=dtype) * scale
+    features = torch.randn(2, 8, 5, width, generator=generator, dtype=dtype) * scale
+    config = tiny_vit_mae_config(image_size=4, patch_size=2, hidden_size=width)
+    student = TwoViewImageOutput(
+        logits=logits[0][rows],
+        mask=(noise[rows] > 0).float(),
+        features=features[0][rows],
+        weight_distance=torch.tensor(scale, dtype=dtype),
+    )
+    return Case(
+        student,
+        TeacherOutput(logits=logits[1][rows], features=features[1][rows]),
+        {"pixel_values": pixels[rows], "noise": noise[rows]},
+        {"distill_loss:tokens": rows[:, None].expand(-1, 5)},
+        student_config=config,
+        teacher_config=config,
+    )
+
+
 def check_objective(
     objective: Objective,
     case_of: Callable[..., Case] = classification_case,
@@ -187,12 +222,14 @@ def check_objective(
 
     case_of(rows, scale=, dtype=): builds the batch with only these of its eight rows. `build` is called with what the
     case says of the two models; what the objective trains (`attached`) runs on the student's output as in a trainer.
+    An objective that was not fitted (a buffer whose name ends in `_` is None) is fitted to random answers about all classes.
     zero_at_teacher=False: for methods in which a student equal to its teacher still has something to learn.
     """
     everything = torch.arange(8)
     _check_hyper_parameters(objective)
     case = case_of(everything)
     objective.build(case.student_config, case.teacher_config, case.problem_type)
+    _fit(objective, case)
     terms = _score(objective, case)
     assert terms, "forward returned no terms"
     counts = objective.count(case.batch)
@@ -223,6 +260,15 @@ def _score(objective: Objective, case: Case) -> Terms:
     if objective.attached is not None:
         student = copy.deepcopy(objective.attached).to(student.logits.dtype)(copy.copy(student))
     return objective(student, teacher, case.batch, Progress(step=1, max_steps=10))
+
+
+def _fit(objective: Objective, case: Case) -> None:
+    unfitted = any(value is None and name.endswith("_") for name, value in objective._buffers.items())
+    if unfitted and case.teacher.logits is not None:
+        classes = case.teacher.logits.shape[-1]
+        labels = torch.arange(4 * classes) % classes
+        logits = torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(2))
+        objective.fit(logits + 2 * torch.eye(classes)[labels], labels)
 
 
 def _unit_rows(case: Case, name: str, values: Tensor, rows: Tensor) -> Tensor:
@@ -292,6 +338,8 @@ def _check_zero_at_teacher(objective: Objective, case: Case, name: str) -> None:
         answer = getattr(case.teacher, entry)
         if answer is not None and entry in student:
             student[entry] = answer
+    if "distillation_logits" in student:  # the head that learns from the teacher, where there are two
+        student["distillation_logits"] = case.teacher.logits
     values = _score(objective, replace(case, student=student))[name]
     assert float(values.detach().abs().max()) < 1e-9, f"{name} is not 0 for a student equal to its teacher"
 
@@ -343,6 +391,26 @@ def tiny_roberta_config(**overrides: Any) -> Any:
         "attention_probs_dropout_prob": 0.0,
     }
     return RobertaConfig(**{**settings, **overrides})
+
+
+def tiny_vit_mae_config(**overrides: Any) -> Any:
+    """2 layers of width 32 over 16 patches of 4 x 4 pixels, a decoder of one layer, normalised pixels, no dropout."""
+    from transformers import ViTMAEConfig
+
+    settings: dict[str, Any] = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+        "norm_pix_loss": True,
+    }
+    return ViTMAEConfig(**{**settings, **overrides})
 
 
 def tiny_tokenizer(vocab_size: int = 50) -> Any:

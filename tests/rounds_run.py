@@ -1,21 +1,23 @@
 """A small run of rounds, started as a script by the laws that need processes of their own.
 
-python tests/rounds_run.py OUTPUT '{"num_rounds": 2}' [--dropout 0.1] [--double] [--resume]
+python tests/rounds_run.py OUTPUT '{"num_rounds": 2}' [--dropout 0.1] [--double] [--resume] [--images]
 """
 
 import argparse
 import json
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, TaskType
 
 from hfkd import DistillationArguments, DistillationTrainer, SelfDistillationArguments, SelfDistillationTrainer
 from hfkd.models.two_view import RobertaForMaskedLM
+from hfkd.models.two_view_mae import ViTMAEForPreTraining
 from hfkd.objectives import KD, AttentionMaps, HiddenStates, MiniLMRelations
 from hfkd.teachers import AdapterTeacher
-from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
+from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer, tiny_vit_mae_config
 
 
 def start_model(dropout: float = 0.0, double: bool = False) -> RobertaForMaskedLM:
@@ -25,7 +27,7 @@ def start_model(dropout: float = 0.0, double: bool = False) -> RobertaForMaskedL
     return model.double() if double else model
 
 
-def rounds_trainer(output, settings, dropout=0.0, double=False, rows=32, **kwargs) -> SelfDistillationTrainer:
+def rounds_arguments(output, settings) -> SelfDistillationArguments:
     values = {
         "output_dir": str(output),
         "num_rounds": 2,
@@ -38,13 +40,46 @@ def rounds_trainer(output, settings, dropout=0.0, double=False, rows=32, **kwarg
         "disable_tqdm": True,
         **settings,
     }
+    return SelfDistillationArguments(**values)
+
+
+def rounds_trainer(output, settings, dropout=0.0, double=False, rows=32, **kwargs) -> SelfDistillationTrainer:
     return SelfDistillationTrainer(
-        args=SelfDistillationArguments(**values),
+        args=rounds_arguments(output, settings),
         train_dataset=datasets.Dataset.from_list(tiny_rows(rows)),
         processing_class=tiny_tokenizer(),
         model_init=lambda: start_model(dropout, double),
         **kwargs,
     )
+
+
+def start_image_model(double: bool = False, **config) -> ViTMAEForPreTraining:
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(tiny_vit_mae_config(**config))
+    return model.double() if double else model
+
+
+def image_rows(count=32, size=16, seed=0) -> datasets.Dataset:
+    """Random pictures, already decoded, with labels that further pre-training must not read."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    features = {"pixels": datasets.Array3D((size, size, 3), "uint8"), "label": datasets.ClassLabel(2)}
+    return datasets.Dataset.from_dict(
+        {"pixels": list(pixels), "label": [i % 2 for i in range(count)]}, datasets.Features(features)
+    )
+
+
+def image_processor(size=16) -> transformers.ViTImageProcessorPil:
+    return transformers.ViTImageProcessorPil(size={"height": size, "width": size})
+
+
+def image_rounds_trainer(output, settings, double=False, **kwargs) -> SelfDistillationTrainer:
+    given = {
+        "train_dataset": image_rows(),
+        "processing_class": image_processor(),
+        "model_init": lambda: start_image_model(double),
+        **kwargs,
+    }
+    return SelfDistillationTrainer(args=rounds_arguments(output, settings), **given)
 
 
 def classifier_trainer(output, settings, double=True, head="sequence", **kwargs) -> DistillationTrainer:
@@ -115,10 +150,13 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--double", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--images", action="store_true")
     parser.add_argument("--distilled", choices=DISTILLED)
     given = parser.parse_args()
     if given.distilled:
         trainer = distilled_trainer(given.output, given.settings, given.distilled, given.double)
+    elif given.images:
+        trainer = image_rounds_trainer(given.output, given.settings, given.double)
     else:
         trainer = rounds_trainer(given.output, given.settings, given.dropout, given.double)
     trainer.train(resume_from_checkpoint=given.resume)

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("outputs",),
     "hub": (),
     "objectives": ("functional", "outputs"),
-    "teachers": ("outputs", "functional", "models.projections"),
+    "teachers": ("outputs", "functional", "models.projections", "models.cifar_resnet"),
     "cache": ("teachers", "outputs", "fingerprint", "records"),
     "fingerprint": (),
     "records": (),
@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "diagnostics": ("functional",),
     "testing": EVERYTHING,
     "trainers": (
-        *("objectives", "teachers", "hub", "outputs", "functional", "models.projections", "records"),
-        *("data.collate", "data.rows", "data.sampler", "data.text", "diagnostics.callback"),
+        *("objectives", "teachers", "hub", "outputs", "functional", "models.projections", "models.two_view_mae"),
+        *("records", "fingerprint", "cache", "data.masked_images"),
+        *("data.collate", "data.pixels", "data.rows", "data.sampler", "data.text", "diagnostics.callback"),
     ),
 }
 MUST_NOT_IMPORT = {"testing": ("trainers",)}

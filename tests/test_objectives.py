@@ -18,17 +18,23 @@ from hfkd.testing import (
     check_objective,
     classification_case,
     hidden_case,
+    masked_image_case,
     multi_label_case,
     regression_case,
     token_case,
+    two_head_case,
     two_view_case,
 )
 
+INSIDE = ("attention_maps", "hidden_states", "minilm_relations", "relational_kd")
 CASE_OF = {
     **dict.fromkeys(("masked_lm", "self_distill"), two_view_case),
-    **dict.fromkeys(("hidden_states", "attention_maps", "minilm_relations", "relational_kd"), hidden_case),
+    **dict.fromkeys(INSIDE, hidden_case),
+    "deit_token": two_head_case,
+    **dict.fromkeys(("masked_images", "self_distill_images"), masked_image_case),
 }
-NEVER_ZERO = {"pseudo_label"}  # hard labels leave confidence to learn
+# Confidence, or a margin, is left to learn
+NEVER_ZERO = {"pseudo_label", "deit_token", "ada_margin", "balanced_student"}
 HEADS = {
     "single_label_classification": classification_case,
     "multi_label_classification": multi_label_case,
@@ -44,11 +50,13 @@ def test_every_objective_of_the_command_line_keeps_the_contract(name):
     check_objective(OBJECTIVES[name](), CASE_OF.get(name, classification_case), zero_at_teacher=name not in NEVER_ZERO)
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"masked_lm", "self_distill"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(OBJECTIVES) - {"masked_lm", "self_distill", "masked_images", "self_distill_images"})
+)
 def test_every_objective_scores_the_heads_it_names_and_refuses_the_others(name):
     """A head outside of what a loss is defined for would train on numbers that mean nothing."""
     for problem_type, head in HEADS.items():
-        case_of = functools.partial(inside_case, head) if name in CASE_OF else head
+        case_of = functools.partial(inside_case, head) if name in INSIDE else CASE_OF.get(name, head)
         if problem_type in OBJECTIVES[name].problem_types:
             check_objective(OBJECTIVES[name](), case_of, zero_at_teacher=name not in NEVER_ZERO)
         else:
@@ -67,15 +75,16 @@ def inside_case(head, rows, **settings):
 
 
 TOKEN_HEADS = ["cross_entropy", "kd", "dkd", "dist", "logit_mse", "generalized_jsd"]
+TOKEN_HEADS += ["ada_alpha", "ada_margin", "balanced_student", "group_dro"]
 
 
 @pytest.mark.parametrize("name", TOKEN_HEADS)
 def test_logit_objectives_score_labelled_tokens(name):
     """A value on unlabelled tokens, or a mean within a row, weights words by how long their sentence is."""
-    check_objective(OBJECTIVES[name](), token_case)
+    check_objective(OBJECTIVES[name](), token_case, zero_at_teacher=name not in NEVER_ZERO)
 
 
-@pytest.mark.parametrize("name", sorted(set(CASE_OF) - {"masked_lm", "self_distill"}))
+@pytest.mark.parametrize("name", INSIDE)
 def test_feature_objectives_have_one_value_an_example_under_token_heads(name):
     """Divided by the number of labelled tokens, a value per example would shrink with the length of the texts."""
     check_objective(OBJECTIVES[name](), functools.partial(inside_token_case))
@@ -306,7 +315,7 @@ def test_what_an_objective_trains_runs_on_the_students_output():
 def test_cases_with_fewer_rows_are_rows_of_the_whole_case():
     """A case that redraws its rows would reject every sound objective, or accept a coupled one."""
     half = torch.tensor([1, 4])
-    for case_of in (classification_case, multi_label_case, regression_case, token_case, hidden_case):
+    for case_of in (classification_case, multi_label_case, regression_case, token_case, hidden_case, two_head_case):
         whole, part = case_of(torch.arange(8)), case_of(half)
         assert torch.equal(whole.student.logits[half], part.student.logits)
         assert torch.equal(whole.teacher.logits[half], part.teacher.logits)

@@ -1,11 +1,11 @@
-"""Masked language models that see two views of an input in one call: the corrupted one and the clean one.
+"""Masked models that see two views of an input in one call: the corrupted one and the clean one.
 
 Everything that touches trainable parameters must happen in ONE call of the module that DDP or FSDP wraps: a second
 call leaves gradients unsynchronised. So the forward here takes the masked input, the positions that carry loss and the
 clean input together, runs the encoder once over both, and runs the vocabulary-sized head on the masked positions only.
 
 Each class has its parent's name on purpose: `save_pretrained` writes the class name into config.json, and a saved
-student must load as the plain model it is, without hfkd.
+student must load as the plain model it is, without hfkd. Images: `hfkd.models.two_view_mae`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
+
+from hfkd.models.two_view_mae import ViTMAEForPreTraining, refuse_wrong_patches
 
 
 @dataclass
@@ -90,6 +92,7 @@ TWO_VIEWS: dict[str, Any] = {
     "roberta": RobertaForMaskedLM,
     "xlm-roberta": XLMRobertaForMaskedLM,
     "bert": BertForMaskedLM,
+    "vit_mae": ViTMAEForPreTraining,
 }
 
 SOURCE_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
@@ -98,7 +101,8 @@ SOURCE_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_on
 def two_view_config(name_or_path: str, **kwargs: Any) -> Any:
     """The configuration of start weights that the rounds can train: cheap, so a wrong id or architecture fails early.
 
-    Raises ValueError for an architecture without a two-view form, OSError for an id that cannot be reached.
+    Raises ValueError for an architecture without a two-view form and for patches that cannot be masked, OSError for an id
+    that cannot be reached.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
@@ -112,17 +116,20 @@ def two_view_config(name_or_path: str, **kwargs: Any) -> Any:
         ) from error
     if config.model_type not in TWO_VIEWS:
         raise ValueError(
-            f"{name_or_path} is a {config.model_type!r} model; self-distillation of text has a two-view form for "
-            f"{', '.join(TWO_VIEWS)} (a new one is three lines in hfkd/models/two_view.py)"
+            f"{name_or_path} is a {config.model_type!r} model; self-distillation has a two-view form for "
+            f"{', '.join(TWO_VIEWS)} (a new one for texts is three lines in hfkd/models/two_view.py)"
         )
+    if config.model_type == "vit_mae":
+        refuse_wrong_patches(config)
     return config
 
 
 def two_view_model(name_or_path: str, **kwargs: Any) -> Any:
-    """Load a masked language model (Hub id or folder) that the rounds of self-distillation can train.
+    """Load a masked language model or a ViT-MAE (Hub id or folder) that the rounds of self-distillation can train.
 
     In float32: a bfloat16 checkpoint would otherwise train in bfloat16, and mixed precision wants float32 weights.
-    `kwargs`: where to load from (revision, token, ...), and changes of the configuration (num_hidden_layers=2, say).
+    `kwargs`: where to load from (revision, token, ...), and changes of the configuration (num_hidden_layers=2, say; for
+    a ViT-MAE norm_pix_loss=True, which the paper has and the class's default is not, and mask_ratio).
     Raises as `two_view_config` does.
     """
     config = two_view_config(name_or_path, **kwargs)

@@ -40,7 +40,45 @@ class MaskedLM(Objective):
         return {"pretrain_loss": (batch["masked_labels"] != IGNORED).sum()}
 
 
-class SelfDistill(MaskedLM):
+class FeatureMatching:
+    """Mixin: ||f_student(x) - stopgrad f_teacher(x)||^2 of the clean input, **summed** over the hidden dimension.
+
+    A subclass sets `feature`, which says what f is: the first token's state, the mean over tokens, or every token's.
+    """
+
+    feature: str
+
+    def build(self, student_config: Any, teacher_config: Any, problem_type: str | None) -> None:
+        super().build(student_config, teacher_config, problem_type)  # type: ignore[misc]
+        student_width = getattr(student_config, "hidden_size", None)
+        teacher_width = getattr(teacher_config, "hidden_size", None)
+        if None not in (student_width, teacher_width) and student_width != teacher_width:
+            raise ValueError(
+                f"the student's hidden size is {student_width}, the teacher's {teacher_width}: self-distillation "
+                "compares the two states directly, so both must come from the same start weights"
+            )
+
+    def feature_distance(self, student: StudentOutput, teacher: TeacherOutput | None, mask: Tensor) -> Tensor:
+        """One value an example, or (batch, tokens) for `tokens`. mask: (batch, tokens), 0 for padding."""
+        if teacher is None or teacher.features is None:
+            raise ValueError(f"{type(self).__name__} needs a teacher with features, such as ModelTeacher(encoder)")
+        distance = squared_distance(self.pool(student.features, mask), self.pool(teacher.features.detach(), mask))
+        return distance * mask if self.feature == "tokens" else distance
+
+    def pool(self, features: Tensor, mask: Tensor) -> Tensor:
+        """(batch, tokens, hidden) -> (batch, hidden), or unchanged for `tokens` and where it was pooled before."""
+        if self.feature == "tokens" or features.dim() == 2:
+            return features
+        return features[:, 0] if self.feature == "cls" else masked_mean(features, mask)
+
+
+def checked_feature(feature: str) -> str:
+    if feature not in FEATURES:
+        raise ValueError(f"feature must be one of {', '.join(FEATURES)}, got {feature!r}")
+    return feature
+
+
+class SelfDistill(FeatureMatching, MaskedLM):
     """L = L_MLM + ||f_student(x) - stopgrad f_teacher(x)||^2, the paper's loss of one round, weight 1.
 
     Both sides read the **clean** input; the distance is summed over the hidden dimension and averaged over the batch
@@ -50,6 +88,7 @@ class SelfDistill(MaskedLM):
     even at equal weights.
 
     student.features, teacher.features: (batch, tokens, hidden). `pretrain_loss=False` is the paper's ablation.
+    Images: `SelfDistillImages`.
     """
 
     paper = "2210.02871"
@@ -58,21 +97,10 @@ class SelfDistill(MaskedLM):
 
     def __init__(self, feature: str = "cls", pretrain_loss: bool = True):
         super().__init__()
-        if feature not in FEATURES:
-            raise ValueError(f"feature must be one of {', '.join(FEATURES)}, got {feature!r}")
-        self.feature = feature
+        self.feature = checked_feature(feature)
         self.pretrain_loss = pretrain_loss
         masked = MaskedLM.columns if pretrain_loss else ()
         self.columns = ("clean_input_ids", "attention_mask", *masked)
-
-    def build(self, student_config: Any, teacher_config: Any, problem_type: str | None) -> None:
-        student_width = getattr(student_config, "hidden_size", None)
-        teacher_width = getattr(teacher_config, "hidden_size", None)
-        if None not in (student_width, teacher_width) and student_width != teacher_width:
-            raise ValueError(
-                f"the student's hidden size is {student_width}, the teacher's {teacher_width}: self-distillation "
-                "compares the two states directly, so both must come from the same start weights"
-            )
 
     def forward(
         self,
@@ -81,20 +109,8 @@ class SelfDistill(MaskedLM):
         batch: Batch,
         progress: Progress | None = None,
     ) -> Terms:
-        if teacher is None or teacher.features is None:
-            raise ValueError("SelfDistill needs a teacher with features: ModelTeacher(encoder, view='clean_')")
-        mask = batch["attention_mask"]
-        distance = squared_distance(self.pool(student.features, mask), self.pool(teacher.features.detach(), mask))
-        if self.feature == "tokens":
-            distance = distance * mask
         terms = self.task(student, batch) if self.pretrain_loss else {}
-        return {**terms, "distill_loss": distance}
-
-    def pool(self, features: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, tokens, hidden) -> (batch, hidden), or unchanged for `tokens`."""
-        if self.feature == "cls":
-            return features[:, 0]
-        return masked_mean(features, attention_mask) if self.feature == "mean" else features
+        return {**terms, "distill_loss": self.feature_distance(student, teacher, batch["attention_mask"])}
 
     def count(self, batch: Batch) -> Counts:
         mask = batch["attention_mask"]

@@ -67,6 +67,13 @@ class DistillationArguments(TrainingArguments):
     allow_untrained_teacher: bool = field(
         default=False, metadata={"help": "Accept a teacher whose head is freshly initialised."}
     )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs at which the learning rate falls by lr_milestone_factor (instead of lr_scheduler_type)."
+        },
+    )
+    lr_milestone_factor: float = field(default=0.1, metadata={"help": "What the learning rate is multiplied by there."})
     eval_teacher: bool = field(
         default=False, metadata={"help": "Evaluation asks the teacher too: adds distill_loss and agreement."}
     )
@@ -75,6 +82,7 @@ class DistillationArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or accelerator_is_absent()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of rows depends on what drew from the global generator before
+        refuse_wrong_milestones(self.lr_milestones, self.lr_milestone_factor, self.num_train_epochs)
         super().__post_init__()
 
     def make_objective(self, default: str) -> Objective:
@@ -101,6 +109,15 @@ class DistillationArguments(TrainingArguments):
 
     def names_objective(self) -> bool:
         return any(value is not None for value in (self.objective, self.temperature, self.alpha, self.objective_kwargs))
+
+
+def refuse_wrong_milestones(milestones: list[float] | None, factor: float, epochs: float) -> None:
+    if milestones and not (sorted(milestones) == list(milestones) and 0 < milestones[0] <= milestones[-1] < epochs):
+        raise ValueError(
+            f"lr_milestones are epochs in ascending order, above 0 and below num_train_epochs={epochs}, got {milestones}"
+        )
+    if not 0 < factor < 1:
+        raise ValueError(f"lr_milestone_factor must lie between 0 and 1, got {factor}")
 
 
 class DistillationTrainingArguments(DistillationArguments):
@@ -155,6 +172,19 @@ class SelfDistillationArguments(DistillationArguments):
     )
     no_pretrain_loss: bool = field(
         default=False, metadata={"help": "Ablation: rounds after round 0 train on the distillation term alone."}
+    )
+    matching: str = field(
+        default="features",
+        metadata={
+            "help": "Ablation, images only: match the decoder's predictions or the encoder's weights instead.",
+            "choices": ["features", "predictions", "weights"],
+        },
+    )
+    cache_teacher_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Images only: ask the teacher once a round about every image, not in every step (feature cls, mean)."
+        },
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Largest gradient norm; 0 clips nothing."})
 

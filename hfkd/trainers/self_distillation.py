@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerState, set_seed
@@ -17,17 +17,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hfkd.data.collate import KeyedCollator, MaskedLMCollator
+from hfkd.cache import COLUMNS, cache_teacher
+from hfkd.data.collate import KeyedCollator
 from hfkd.functional import weight_distance
 from hfkd.hub import CardFacts, write_card
 from hfkd.objectives.objective import Objective
-from hfkd.objectives.self_distill import MaskedLM, SelfDistill
+from hfkd.outputs import Batch
 from hfkd.records import file_hash, read_json, weights_hash, write_json
-from hfkd.teachers import ModelTeacher
-from hfkd.teachers.model import load_named_architecture
+from hfkd.teachers import CachedTeacher, Teacher
 from hfkd.trainers.arguments import SelfDistillationArguments
-from hfkd.trainers.checkpoints import last_whole_checkpoint, odd_files
+from hfkd.trainers.checkpoints import last_whole_checkpoint, load_renamed_weights, odd_files
 from hfkd.trainers.distillation import DistillationTrainer
+from hfkd.trainers.round_kinds import kind_of, rows_hash
 
 logger = logging.get_logger(__name__)
 DONE = "done.json"
@@ -47,9 +48,11 @@ class SelfDistillationTrainer(DistillationTrainer):
     distance between its features and those of round t-1's encoder on the clean input, frozen. `num_rounds=0` is the
     baseline of the paper, bit for bit.
 
-    `model` or `model_init` gives the start weights (`hfkd.two_view_model`). Every round lies in `output_dir/round-t` as a
-    plain masked language model, and is done when `done.json` there names its weights' hash; the start lies in
-    `output_dir/start`. `train(resume_from_checkpoint=True)` goes on where the run was killed.
+    `model` or `model_init` gives the start weights (`hfkd.two_view_model`). With a tokenizer as `processing_class` (or a
+    MaskedLMCollator) the rounds are over texts, with an image processor (or a MaskedImageCollator) over images. Every
+    round lies in `output_dir/round-t` as the plain masked model it is, and is done when `done.json` there names its
+    weights' hash; the start lies in `output_dir/start`. `train(resume_from_checkpoint=True)` goes on where the run was
+    killed. The predictions of an evaluation over images are the decoder's patches, its label_ids the example_id.
 
     Raises ValueError for a teacher (the rounds are their own), for `optimizers=` (a new optimizer is made each round:
     `optimizer_cls_and_kwargs`), for a model without a two-view forward, and on resuming with other settings;
@@ -80,10 +83,12 @@ class SelfDistillationTrainer(DistillationTrainer):
         if model is not None and model_init is None:
             start = copy.deepcopy(model)
             model, model_init = None, lambda: copy.deepcopy(start)
+        self.kind = kind_of(data_collator, processing_class)
+        self._own_collator = data_collator is None
         super().__init__(
             model,
             args,
-            data_collator or MaskedLMCollator(processing_class, seed=args.seed),
+            data_collator,
             train_dataset,
             eval_dataset,
             processing_class,
@@ -94,21 +99,29 @@ class SelfDistillationTrainer(DistillationTrainer):
             optimizers,
             optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics,
-            objective=MaskedLM(),
+            objective=self.kind.masked(),
         )
-        if self.accelerator.dispatch_batches:
+        if self.accelerator.dispatch_batches and "masked_positions" in self.kind.views:
             raise ValueError(
                 "dispatch_batches cuts a collated batch by rows, but masked positions count over the whole batch"
             )
-        missing = {"masked_positions", "clean_input_ids"} - self._forward_names
+        missing = self.kind.views - self._forward_names
         if missing:
             raise ValueError(
                 f"{type(self.model).__name__}.forward does not take {sorted(missing)}: load the start weights with "
                 "hfkd.two_view_model(name_or_path)"
             )
-        self.label_names = ["masked_labels"]
-        self.round_objective = objective or SelfDistill(self.args.feature, not self.args.no_pretrain_loss)
-        self.card_facts = CardFacts()  # a recipe adds what only it knows: data, command, results
+        self.label_names = list(self.kind.label_names)
+        self._beside_batch: Any = {}  # inputs of the student's forward that the round before gives
+        self.round_objective: Any = objective or self.kind.distilled(self.args)
+        self.kind.check(self.args, self.round_objective, self.data_collator, self.model.config, self.train_dataset)
+        # A recipe adds what only it knows: data, command, results
+        self.card_facts = CardFacts(pipeline_tag=self.kind.pipeline_tag)
+
+    def _set_keyed_collator(self, numbered: bool) -> None:
+        if self._own_collator:  # only now there is a model, which knows its patches
+            self.data_collator = self.kind.collator(self.processing_class, self.model.config, self.args.seed)
+        super()._set_keyed_collator(numbered)
 
     # ---- rounds ----
 
@@ -166,8 +179,7 @@ class SelfDistillationTrainer(DistillationTrainer):
         return {
             **self._settings(RECORDED),
             "objective": objective,
-            "mlm_probability": getattr(self.data_collator, "mlm_probability", None),
-            "max_length": getattr(self.data_collator, "max_length", None),
+            **self.kind.settings(self.data_collator, start.config),
             "rows": rows_hash(self.train_dataset),
             "rows_per_step": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "start": weights_hash(start.state_dict()),
@@ -198,17 +210,49 @@ class SelfDistillationTrainer(DistillationTrainer):
     def _train_round(self, round: int, *args: Any, **kwargs: Any) -> TrainOutput:
         self.round = round
         directory = self.round_directory(round)
+        self._beside_batch = {}
         if round == 0:
-            self._set_objective(MaskedLM(), None)
+            self._set_objective(self.kind.masked(), None)
         else:
-            encoder: Any = load_named_architecture(str(self.round_directory(round - 1))).base_model
-            self._set_objective(self.round_objective, ModelTeacher(encoder, view="clean_"))
-        self._head_is_scored = set(MaskedLM.columns) <= set(self.objective.columns)
+            teacher, beside = self.kind.before(self.round_directory(round - 1), self.round_objective)
+            self._beside_batch = self._prepare_input(beside)
+            if teacher is not None and self.args.cache_teacher_features:
+                teacher = self._cached(teacher)
+            self._set_objective(self.round_objective, teacher)
+        self._head_is_scored = set(self.kind.masked.columns) <= set(self.objective.columns)
         logger.info(f"round {round} of {self.args.num_rounds}: {type(self.objective).__name__}")
         checkpoint = last_whole_checkpoint(directory)
         output = self._trained_already(checkpoint) or super().train(checkpoint, *args, **kwargs)
         self._close_round(directory, output)
         return output
+
+    def _cached(self, teacher: Any) -> Teacher:
+        """The teacher's features of every image, asked once and read from a column: what it sees never changes.
+
+        In float32 whatever the precision of training is; of a bfloat16 run an asked teacher would answer in bfloat16.
+        """
+        objective, name = self.round_objective, COLUMNS["features"]
+        teacher.model.pool = lambda states: objective.pool(states, torch.ones(states.shape[:2], device=states.device))
+        rows = self.train_dataset
+        rows = rows.remove_columns(name) if name in rows.column_names else rows  # of the round before
+        directory = self._features_directory()
+        with self.args.main_process_first(local=False, desc="asking the teacher about every image"):
+            self.train_dataset = cache_teacher(
+                rows,
+                teacher,
+                directory,
+                collator=self.data_collator.clean(),
+                batch_size=self.args.per_device_eval_batch_size,
+                features=True,
+                dtype="float32",
+                device=self.args.device,
+            )
+        cached = CachedTeacher(logits=None, features=name, cache=directory)
+        cached.view = self.data_collator.view  # it draws which patches are hidden; the whole images are the plain ones
+        return cached
+
+    def _features_directory(self) -> Path:
+        return self.round_directory(self.round) / COLUMNS["features"]
 
     def _trained_already(self, checkpoint: Path | None) -> TrainOutput | None:
         """A run killed after its last step is closed as it is: the stock Trainer would resume with one step more."""
@@ -225,17 +269,31 @@ class SelfDistillationTrainer(DistillationTrainer):
 
     def _load(self, directory: Path) -> None:
         self.model = self.model_wrapped = self.call_model_init()
-        self.model.load_state_dict(saved_weights(directory), strict=False)  # tied weights are saved once
-        self.model.tie_weights()
+        if not load_renamed_weights(self.model, directory):
+            self.model.load_state_dict(saved_weights(directory), strict=False)  # tied weights are saved once
+            self.model.tie_weights()
         self._move_model_to_device(self.model, self.args.device)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The start weights; a head without a loss is frozen, because DDP waits for the gradient of every parameter."""
         model: Any = super().call_model_init(trial)
         if not self._head_is_scored:
-            model.requires_grad_(False)
-            model.base_model.requires_grad_(True)
+            encoder = set(model.base_model.parameters())  # among them what a tied head shares with it
+            for parameter in set(model.parameters()) - encoder:
+                parameter.requires_grad_(False)
         return model
+
+    # ---- what a two-view student is shown ----
+
+    def student_view(self, inputs: Batch, training: bool) -> dict[str, Any]:
+        """As in DistillationTrainer; and what the round before left for the student's forward (its weights, say)."""
+        view = super().student_view(inputs, training)
+        scored = self.objective.columns if training else self.objective.task_columns
+        view = {name: value for name, value in view.items() if name in scored or name not in self.kind.views}
+        return {**view, **self._beside_batch} if training else view
+
+    def _check_teacher(self) -> None:
+        """There is nothing to score the encoder of the round before by."""
 
     def _close_round(self, directory: Path, output: TrainOutput) -> None:
         self.save_model(str(directory))
@@ -253,6 +311,7 @@ class SelfDistillationTrainer(DistillationTrainer):
             }
             self.write_card(directory, [*self.finished_rounds()[: self.round], done])
             write_json(directory / DONE, done)
+            shutil.rmtree(self._features_directory(), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def finished_rounds(self) -> list[dict[str, Any]]:
@@ -280,7 +339,7 @@ class SelfDistillationTrainer(DistillationTrainer):
     def write_card(self, directory: Path, rounds: list[dict[str, Any]] | None = None, **facts: Any) -> None:
         """Render README.md beside the weights in `directory`; `facts` override those of `card_facts`."""
         rounds = self.finished_rounds() if rounds is None else rounds
-        objective = self.round_objective if self.round else MaskedLM()
+        objective = self.round_objective if self.round else self.kind.masked()
         stages = [
             {
                 "name": f"round {done['round']}",
@@ -332,23 +391,17 @@ def refuse_wrong_arguments(
     if optimizers != (None, None):
         raise ValueError("every round starts with a new optimizer: pass optimizer_cls_and_kwargs instead of optimizers")
     if processing_class is None and data_collator is None:
-        raise ValueError("masking needs the tokenizer: pass processing_class=AutoTokenizer.from_pretrained(...)")
+        raise ValueError(
+            "masking needs the tokenizer or the image processor: pass processing_class=AutoTokenizer.from_pretrained(...) or "
+            "AutoImageProcessor.from_pretrained(...)"
+        )
     if data_collator is not None and not isinstance(data_collator, KeyedCollator):
         raise ValueError(
             f"{type(data_collator).__name__} draws its masks from the global generator and does not say where they are: "
-            "leave data_collator out, or pass hfkd.MaskedLMCollator"
+            "leave data_collator out, or pass hfkd.MaskedLMCollator or hfkd.data.masked_images.MaskedImageCollator"
         )
     if not hasattr(train_dataset, "__len__") or not len(train_dataset):
         raise ValueError(f"rounds need a train_dataset with rows and a length, got {type(train_dataset).__name__}")
-
-
-def rows_hash(dataset: Any) -> str:
-    """sha256 over the token ids in row order. `datasets`' own fingerprint hashes file times, so it changes by itself."""
-    digest = hashlib.sha256()
-    rows = dataset["input_ids"] if hasattr(dataset, "column_names") else (row["input_ids"] for row in dataset)
-    for ids in rows:
-        digest.update(np.asarray([len(ids), *ids], dtype=np.int64).data)
-    return digest.hexdigest()
 
 
 def saved_weights(directory: Path) -> dict[str, Tensor]:
