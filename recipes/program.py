@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 # Of these one is given; a flag takes the place of what stands in a file
 ONE_OF = (
     ("task", "dataset_name", "train_file", "data_dir"),
-    ("teacher", "teacher_start"),
+    ("teacher", "teacher_start", "teacher_config"),
     ("student", "student_config", "student_layers"),
 )
 

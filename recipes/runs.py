@@ -256,7 +256,8 @@ def earlier_runs(output: Path) -> list[Path]:
     """What an earlier study has written, and nothing else that lies beside it."""
     runs = [path.parent for path in output.glob("runs/*/seed-*/settings.json")]
     answers = list(output.glob("teacher_answers/seed-*"))
-    files = [path for name in ("results.csv", "results.md", "scores.png") for path in output.glob(name)]
+    names = ("results.csv", "results.md", "scores.png", "splits.json")
+    files = [path for name in names for path in output.glob(name)]
     return sorted([*runs, *answers, *(files if runs else [])])
 
 

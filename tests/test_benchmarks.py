@@ -45,3 +45,17 @@ def test_the_distillation_benchmark_measures_every_side(tmp_path):
     assert {"copied snippet", "hfkd, online", "hfkd, cached", "hfkd, five cached"} <= found["step"].keys()
     assert all(seconds > 0 for part in ("step", "padding", "cache") for seconds in found[part].values())
     assert found["leak"]["last_fifth_mib"] > 0
+
+
+@pytest.mark.launch
+def test_the_image_benchmark_measures_every_side(tmp_path):
+    """The claim that augmenting once costs nothing beside the two models is believed only while this still runs."""
+    path = tmp_path / "numbers.json"
+    tiny = ["--task", "mnist_5k", "--student", "resnet10-xxxs", "--teacher", "resnet10-xxs", "--vit", "1", "32"]
+    short = ["--batch_size", "4", "--steps", "2", "--blocks", "1", "--json", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "image_step.py"), *tiny, *short]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    found = json.loads(path.read_text())
+    assert {"bare student", "bare teacher's forward", "hfkd, online"} <= found["step"].keys()
+    assert {"bare MAE + clean pass", "hfkd, teacher asked", "hfkd, features cached"} <= found["rounds"].keys()
+    assert all(seconds > 0 for part in found.values() for seconds in part.values())
