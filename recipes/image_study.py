@@ -99,8 +99,6 @@ class Study:
         view = view_of(
             self.data, processor, self.augmentation, teacher_processor, skip_bad_images=self.recipe.skip_bad_images
         )
-        for name in ("optim_args", "lr_milestones", "lr_milestone_factor"):  # a resumed run must have the same
-            view.settings[name] = getattr(self.args, name)
         if self.augmentation is not None:  # padding that is too large for the images shows in the first draw
             self.augmentation.draw(np.random.default_rng(0), *view.collator.canvas.size)
         return view
