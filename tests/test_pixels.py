@@ -270,6 +270,14 @@ def test_a_cache_of_plain_images_serves_plain_training_only(tmp_path):
         cache_teacher(rows, vit(1), tmp_path / "other", collator=augmenting)
 
 
+def test_the_teacher_is_scored_on_rows_of_all_classes(tmp_path):
+    """Image folders are sorted by class: on the first 256 rows a constant answer is always right, and any teacher warned of."""
+    rows = pictures(600).sort("label")
+    trainer = DistillationTrainer(vit(), arguments(tmp_path), ImageCollator(PixelView((8, 8))), rows, teacher=vit(1))
+    trainer.train()
+    assert trainer.teacher_scores["chance"] == pytest.approx(1 / 3, abs=0.01)
+
+
 def test_the_best_model_is_loaded_whole(tmp_path):
     """transformers saves ViT under other names than it trains under: the stock Trainer's best model is a random encoder."""
     rows = pictures()

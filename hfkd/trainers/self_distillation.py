@@ -38,6 +38,7 @@ RECORDED = (
     *("seed", "max_steps", "num_train_epochs", "learning_rate", "weight_decay", "warmup_steps"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "optim", "bf16", "fp16"),
     *("data_seed", "train_sampling_strategy", "dataloader_drop_last"),
+    *("optim_args", "lr_milestones", "lr_milestone_factor"),
 )
 
 
@@ -162,7 +163,7 @@ class SelfDistillationTrainer(DistillationTrainer):
                 f"{directory / RECORD} is damaged, so nobody can tell which run its rounds belong to: delete both"
             )
         if before is not None:
-            changed = {name: (before[name], record[name]) for name in record if before.get(name) != record[name]}
+            changed = {name: (before.get(name), record[name]) for name in record if before.get(name) != record[name]}
             if changed:
                 lines = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in changed.items())
                 raise ValueError(f"{directory} was started with other settings, so its rounds cannot go on: {lines}")
@@ -357,7 +358,7 @@ class SelfDistillationTrainer(DistillationTrainer):
                     "start": self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
                     "objective": type(objective).__name__,
                     "equation": objective.equation,
-                    "settings": {**objective.settings(), **self._settings(("num_rounds", *RECORDED))},
+                    "settings": {**objective.settings(), **without_none(self._settings(("num_rounds", *RECORDED)))},
                     "rounds": stages,
                     "teacher": f"the encoder of round {self.round - 1}" if self.round else "",
                     "versions": self.card_facts.versions or installed_versions(),
@@ -366,6 +367,10 @@ class SelfDistillationTrainer(DistillationTrainer):
             ),
             directory,
         )
+
+
+def without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def installed_versions() -> dict[str, str]:
