@@ -57,19 +57,28 @@ def task_weight(step: int, k: float, t0: float) -> float:
     return math.exp(exponent) / (1 + math.exp(exponent))  # math.exp overflows above 709, and a steep k gets there
 
 
-def recall_groups(model: PreTrainedModel, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def decays_matrices(name: str, parameter: nn.Parameter) -> bool:
+    """Only tensors of two or more dimensions, as in `Trainer` for BERT and RoBERTa."""
+    return parameter.ndim > 1
+
+
+def recall_groups(
+    model: PreTrainedModel,
+    weight_decay: float = 0.0,
+    decays: Callable[[str, nn.Parameter], bool] = decays_matrices,
+) -> list[dict[str, Any]]:
     """Parameter groups for `RecAdam`: the encoder recalls its present weights, the fresh head does not.
 
-    Only tensors of two or more dimensions decay, as in `Trainer` for BERT and RoBERTa. Call it on the start weights.
+    `decays` says of a parameter, by its name in the whole model, whether it decays. Call it on the start weights.
     """
     encoder = {id(parameter) for parameter in encoder_parameters(model).values()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in encoder, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((id(parameter) in encoder, decays(name, parameter)), []).append(parameter)
     return [
-        {"params": parameters, "recall": recall, "weight_decay": weight_decay if decays else 0.0}
-        for (recall, decays), parameters in groups.items()
+        {"params": parameters, "recall": recall, "weight_decay": weight_decay if decayed else 0.0}
+        for (recall, decayed), parameters in groups.items()
     ]
 
 
@@ -319,20 +328,19 @@ class MARS(TrainerCallback):
 
 @dataclass
 class NoisyOutput(SequenceClassifierOutput):
-    """logits, noisy_logits: (batch, num_labels), the answers to the clean and to the noisy word embeddings."""
+    """logits, noisy_logits: (batch, num_labels), the answers to the clean and to the noisy embeddings."""
 
     noisy_logits: Tensor | None = None
 
 
 class NoisyView:
-    """Mixin over a sequence classifier of transformers that in training answers two views in ONE call.
+    """Mixin over a classifier of transformers that in training answers two views in ONE call (DDP and FSDP synchronise one).
 
-    One call, because DDP and FSDP synchronise one. In training mode the batch is doubled: the second half gets noise on
-    its word embeddings (before positions, normalisation and dropout), uniform in [-noise_size, noise_size] or normal
-    with that standard deviation, at every position. As in the authors' code, the noisy half sends no gradient to the
-    word embedding table (the rest of the model gets both), and the two halves draw **different dropout**: with
-    dropout 0.1 the divergence is mostly the dropout's, with dropout 0 the noise's alone. In evaluation this is the
-    parent's own forward.
+    In training mode the batch is doubled: the second half gets noise on its embeddings (before positions, normalisation
+    and dropout), uniform in [-noise_size, noise_size] or normal with that standard deviation, at every position. As in
+    the authors' code, the noisy half sends no gradient to what makes the embeddings (the rest of the model gets both),
+    and the two halves draw **different dropout**: with dropout 0.1 the divergence is mostly the dropout's, with dropout 0
+    the noise's alone. In evaluation this is the parent's own forward.
 
     Labels are not scored in training (there is no `loss`): the R3F objective does it. Noise comes from the global
     generator of the device, like dropout, and not from keys: resuming restores it as it restores dropout. Memory is that
@@ -340,8 +348,6 @@ class NoisyView:
 
     Saved under the parent's class name, so that the fine-tuned model loads without hfkd.
     """
-
-    positions_skip_padding = False
 
     def __init__(self, config: Any, *inputs: Any, noise: str = "uniform", noise_size: float = 1e-5, **kwargs: Any):
         if noise not in NOISES:
@@ -351,6 +357,17 @@ class NoisyView:
         super().__init__(config, *inputs, **kwargs)  # type: ignore[call-arg]
         self.noise = noise
         self.noise_size = noise_size
+
+    def _draw(self, embeddings: Tensor) -> Tensor:
+        if self.noise == "normal":
+            return torch.randn_like(embeddings) * self.noise_size
+        return (torch.rand_like(embeddings) * 2 - 1) * self.noise_size
+
+
+class NoisyWords(NoisyView):
+    """Over a sequence classifier: the noise lies on the word embeddings."""
+
+    positions_skip_padding = False
 
     def forward(
         self,
@@ -379,11 +396,6 @@ class NoisyView:
         logits = super().forward(inputs_embeds=views, **inputs, **kwargs).logits  # type: ignore[misc]
         return NoisyOutput(logits=logits[:half], noisy_logits=logits[half:])
 
-    def _draw(self, embeddings: Tensor) -> Tensor:
-        if self.noise == "normal":
-            return torch.randn_like(embeddings) * self.noise_size
-        return (torch.rand_like(embeddings) * 2 - 1) * self.noise_size
-
     def _position_ids(self, input_ids: Tensor) -> Tensor | None:
         """RoBERTa counts positions over real tokens, and cannot see which are real once it is given embeddings."""
         if not self.positions_skip_padding:
@@ -397,15 +409,42 @@ def _twice(tensor: Tensor | None, half: int) -> Tensor | None:
     return tensor if tensor is None or len(tensor) != half else torch.cat([tensor, tensor])
 
 
-class RobertaForSequenceClassification(NoisyView, transformers.RobertaForSequenceClassification):
+class NoisyPatches(NoisyView):
+    """Over an image classifier: the noise lies on the patch embeddings. R3F is about words: a reconstruction by analogy,
+    not verified."""
+
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
+        super().__init__(config, *inputs, **kwargs)
+        self.base_model.embeddings.patch_embeddings.register_forward_hook(self._two_views)  # type: ignore[attr-defined]
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not self.training:  # type: ignore[attr-defined]
+            return super().forward(pixel_values, labels=labels, **kwargs)  # type: ignore[misc]
+        kwargs["return_dict"] = True
+        logits = super().forward(torch.cat([pixel_values, pixel_values]), **kwargs).logits  # type: ignore[misc]
+        half = len(pixel_values)
+        return NoisyOutput(logits=logits[:half], noisy_logits=logits[half:])
+
+    def _two_views(self, module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
+        if not self.training:  # type: ignore[attr-defined]
+            return embeddings
+        clean = embeddings[: len(embeddings) // 2]
+        return torch.cat([clean, clean.detach() + self._draw(clean)])
+
+
+class RobertaForSequenceClassification(NoisyWords, transformers.RobertaForSequenceClassification):
     positions_skip_padding = True
 
 
-class XLMRobertaForSequenceClassification(NoisyView, transformers.XLMRobertaForSequenceClassification):
+class XLMRobertaForSequenceClassification(NoisyWords, transformers.XLMRobertaForSequenceClassification):
     positions_skip_padding = True
 
 
-class BertForSequenceClassification(NoisyView, transformers.BertForSequenceClassification):
+class BertForSequenceClassification(NoisyWords, transformers.BertForSequenceClassification):
+    pass
+
+
+class ViTForImageClassification(NoisyPatches, transformers.ViTForImageClassification):
     pass
 
 
@@ -413,16 +452,18 @@ NOISY_VIEWS: dict[str, Any] = {
     "roberta": RobertaForSequenceClassification,
     "xlm-roberta": XLMRobertaForSequenceClassification,
     "bert": BertForSequenceClassification,
+    "vit": ViTForImageClassification,
 }
 
 
 def noisy_model(name_or_path: str, noise: str = "uniform", noise_size: float = 1e-5, **kwargs: Any) -> Any:
-    """Load a sequence classifier (Hub id or folder) that the R3F objective can train, in float32.
+    """Load a classifier of texts or images (Hub id or folder) that the R3F objective can train, in float32.
 
-    `kwargs` are those of `from_pretrained` (num_labels, revision, ...). Raises ValueError for an architecture without a
-    noisy form.
+    `kwargs` are those of `from_pretrained` (num_labels, revision, ...; `config`, where the weights are another
+    architecture's, a ViT-MAE's encoder say). Raises ValueError for an architecture without a noisy form.
     """
-    model_type = transformers.AutoConfig.from_pretrained(name_or_path, **kwargs).model_type
+    config = kwargs.get("config") or transformers.AutoConfig.from_pretrained(name_or_path, **kwargs)
+    model_type = config.model_type
     if model_type not in NOISY_VIEWS:
         raise ValueError(
             f"{name_or_path} is a {model_type!r} model; R3F has a noisy form for {', '.join(NOISY_VIEWS)} (a new one is "
@@ -436,10 +477,10 @@ def noisy_model(name_or_path: str, noise: str = "uniform", noise_size: float = 1
 class R3F(CrossEntropy):
     """task_loss = -log p_y, smoothness_loss = weight * [KL(p || q) + KL(q || p)] (Aghajanyan et al., arXiv 2008.03156).
 
-    p = softmax(f(e)), q = softmax(f(e + noise)). e are the word embeddings; the noise is drawn by the model (see
-    `NoisyView`), which must be one of `noisy_model`. Gradients flow through p and q. The equation, weight 1, uniform
-    noise of size 1e-5 and the mean over examples were read in the authors' sentence_prediction_r3f.py (fairseq).
-    Label smoothing is an option of ours. For the same idea without noise, dropout alone, see R-Drop.
+    p = softmax(f(e)), q = softmax(f(e + noise)). e are the word embeddings (of images the patch embeddings); the noise is
+    drawn by the model (see `NoisyView`), which must be one of `noisy_model`. Gradients flow through p and q. The equation,
+    weight 1, uniform noise of size 1e-5 and the mean over examples were read in the authors' sentence_prediction_r3f.py
+    (fairseq). Label smoothing is an option of ours. For the same idea without noise, dropout alone, see R-Drop.
 
     student.logits, student.noisy_logits: (batch, num_labels). A unit of smoothness is an example, labelled or not.
     """

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -23,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import transformers
-from stage_fine_tuning import FineTuning, check_baselines, stage_arguments
+from program import say
+from stage_fine_tuning import FineTuning, Labelled, check_baselines, stage_arguments
 from stage_report import card_results, draw, stage_rows, table, write_csv
-from transformers import AutoTokenizer
+from stage_rounds import ablations, bounded, delete, earlier_run, resumes
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hfkd import (
     DistillationTrainer,
@@ -37,10 +38,12 @@ from hfkd import (
 )
 from hfkd.data import embedded
 from hfkd.data.splits import low_resource_subset
-from hfkd.data.text import TEXT_TASKS, load_text, tokenize
+from hfkd.data.text import TEXT_TASKS, label_names, load_text, tokenize
 from hfkd.models.two_view import two_view_config
 from hfkd.objectives import MaskedLM
+from hfkd.regularized import noisy_model
 from hfkd.trainers.arguments import parse_arguments
+from hfkd.trainers.round_kinds import rows_hash
 
 HERE = Path(__file__).resolve().parent
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--model_name_or_path", "--config")
@@ -117,8 +120,15 @@ def main() -> None:
     stages = {"start": Path(args.output_dir) / "start", "further pre-trained": trainer.round_directory(0)}
     stages |= {f"self-distilled {number}": trainer.round_directory(number) for number in range(1, args.num_rounds + 1)}
     student = list(stages)[-1]
-    stages |= ablations(recipe, args, start, tokenizer, rows)
-    results = FineTuning(recipe, args, labelled, tokenizer, student).run(stages) if labelled else []
+
+    def ablation_trainer(folder: Path, **changes: Any) -> SelfDistillationTrainer:
+        return rounds_trainer(recipe, args, start, tokenizer, rows, folder, **changes)
+
+    stages |= ablations(recipe, args, Path(args.output_dir), ablation_trainer)
+    results = []
+    if labelled:
+        texts_with_labels = labelled_texts(recipe, args, labelled, tokenizer)
+        results = FineTuning(recipe, args, texts_with_labels, student).run([stages], [recipe.labelled_rows])
     if trainer.is_world_process_zero():
         report(recipe, args, trainer, stages, student, results, time.monotonic() - started)
 
@@ -146,36 +156,6 @@ def parse(arguments: list[str]) -> tuple[RecipeArguments, SelfDistillationArgume
     if recipe.evaluate_on not in ("test", "validation"):
         raise ValueError(f"--evaluate_on {recipe.evaluate_on}: choose test or validation")
     return recipe, args
-
-
-def earlier_run(recipe: RecipeArguments, args: SelfDistillationArguments) -> list[Path]:
-    """What --overwrite deletes: the stages of an earlier run and nothing else. Two runs in one folder are refused."""
-    output = Path(args.output_dir)
-    names = ("round-*", "ablation-*", "fine_tuning", "fine_tuned", "start", "rounds.json")
-    written = sorted(path for name in names for path in output.glob(name))
-    if not written or resumes(args):
-        return []
-    if not recipe.overwrite:
-        raise FileExistsError(
-            f"{output} holds another run ({', '.join(path.name for path in written)}): go on with it with "
-            "--resume_from_checkpoint True, delete it with --overwrite, or choose another --output_dir"
-        )
-    return written
-
-
-def delete(written: list[Path], trainer: SelfDistillationTrainer) -> None:
-    if trainer.is_world_process_zero():
-        for path in written:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    trainer.accelerator.wait_for_everyone()
-
-
-def resumes(args: SelfDistillationArguments) -> bool:
-    if args.resume_from_checkpoint not in (None, "True", "true", True, "False", "false"):
-        raise ValueError(
-            f"--resume_from_checkpoint takes True here (rounds resume from output_dir), not {args.resume_from_checkpoint}"
-        )
-    return args.resume_from_checkpoint in ("True", "true", True)
 
 
 # ---- data and start weights ----
@@ -257,15 +237,6 @@ def warm_up_head(
     trainer.accelerator.wait_for_everyone()
 
 
-def bounded(steps: int, args: SelfDistillationArguments) -> int:
-    return steps if args.max_steps <= 0 else min(steps, args.max_steps)
-
-
-def say(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"\n== {text}", flush=True)
-
-
 # ---- rounds ----
 
 
@@ -299,36 +270,38 @@ def rounds_trainer(
     return trainer
 
 
-def ablations(
-    recipe: RecipeArguments, args: SelfDistillationArguments, start: str, tokenizer: Any, rows: Any
-) -> dict[str, Path]:
-    """The paper's ablations: other numbers of further-pre-training steps, and a round without the masked loss."""
-    stages = {}
-    for steps in recipe.ablation_steps:
-        say(f"Ablation: {steps} steps of further pre-training")
-        output = Path(args.output_dir) / f"ablation-steps-{steps}"
-        changes = {"num_rounds": 0, "max_steps": bounded(steps, args)}
-        trainer = rounds_trainer(recipe, args, start, tokenizer, rows, output, **changes)
-        trainer.train(resume_from_checkpoint=True)
-        stages[f"further pre-trained, {steps} steps"] = trainer.round_directory(0)
-    if recipe.ablation_no_pretrain_loss:
-        say("Ablation: one round without the masked loss")
-        output = Path(args.output_dir) / "ablation-no-pretrain-loss"
-        reuse_round_0(Path(args.output_dir) / "round-0", output / "round-0")
-        trainer = rounds_trainer(recipe, args, start, tokenizer, rows, output, num_rounds=1, no_pretrain_loss=True)
-        trainer.train(resume_from_checkpoint=True)
-        stages["no masked loss"] = trainer.round_directory(1)
-    return stages
+# ---- fine-tuning ----
 
 
-def reuse_round_0(source: Path, target: Path) -> None:
-    """The ablation differs from round 1 on, so further pre-training is not paid for twice."""
-    if target.exists() or int(os.environ.get("RANK", 0)):
-        return
-    temporary = target.with_name("copying")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
-    temporary.rename(target)
+def labelled_texts(recipe: RecipeArguments, args: SelfDistillationArguments, splits: Any, tokenizer: Any) -> Labelled:
+    train = tokenize(splits["train"], tokenizer, recipe.max_length, recipe.pad_to_max_length)
+    held_out = tokenize(splits[recipe.evaluate_on], tokenizer, recipe.max_length, recipe.pad_to_max_length)
+    if recipe.test_rows:
+        held_out = held_out.select(range(min(recipe.test_rows, len(held_out))))
+    # Neighbours of one length need little padding; the order of test rows changes nothing else
+    held_out = held_out.select(np.argsort([len(ids) for ids in held_out["input_ids"]], kind="stable"))
+
+    def load(directory: Path, labels: dict[str, Any], noisy: bool) -> Any:
+        kind = noisy_model if noisy else AutoModelForSequenceClassification.from_pretrained
+        return kind(str(directory), **labels)
+
+    return Labelled(
+        noun="texts",
+        train=lambda seed: train,
+        held_out=held_out,
+        names=label_names(splits),
+        metric=TEXT_TASKS[recipe.task].metric if recipe.task else "accuracy",
+        load=load,
+        collator=lambda seed: DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        budget={
+            "num_train_epochs": recipe.fine_tuning_epochs,
+            "max_steps": args.max_steps if args.max_steps > 0 else -1,
+            "warmup_steps": 0.1,
+        },
+        settings={name: getattr(recipe, name) for name in ("fine_tuning_epochs", "test_rows", "max_length")},
+        data=[rows_hash(train), rows_hash(held_out)],
+    )
 
 
 # ---- report ----
@@ -344,7 +317,7 @@ def report(
     seconds: float,
 ) -> None:
     output = Path(args.output_dir)
-    rows = stage_rows(stages, results)
+    rows = stage_rows([stages], results)
     (output / "results.md").write_text(table(rows) + "\n", encoding="utf-8")
     write_csv(results, output / "results.csv")
     rounds = [trainer.round_directory(number) for number in range(args.num_rounds + 1)]
@@ -363,9 +336,7 @@ def report(
     ]
     trainer.write_card(rounds[-1])
     if results:
-        trainer.write_card(
-            output / "fine_tuned", student=f"{output.name}, fine-tuned", pipeline_tag="text-classification"
-        )
+        trainer.write_card(fine_tuned, student=f"{output.name}, fine-tuned", pipeline_tag="text-classification")
     print(f"\n{table(rows)}\n\nTook {seconds / 60:.1f} minutes ({recipe.profile}).")
     print(f"  student (masked LM)    {rounds[-1]}   card: {rounds[-1] / 'README.md'}")
     if results:

@@ -27,7 +27,7 @@ from hfkd.regularized import (
     project_rows,
     recall_groups,
 )
-from hfkd.testing import Case, check_objective, classification_case, tiny_roberta_config
+from hfkd.testing import Case, check_objective, classification_case, tiny_roberta_config, tiny_vit_mae_config
 
 CONTROL = TrainerControl()
 
@@ -47,6 +47,19 @@ def noisy_classifier(noise: str = "uniform", noise_size: float = 1e-5, **overrid
     config = tiny_roberta_config(num_labels=3, **overrides)
     model = regularized.RobertaForSequenceClassification(config, noise=noise, noise_size=noise_size)
     model.load_state_dict(tiny_classifier(**overrides).state_dict())
+    return model
+
+
+def tiny_image_classifier(noisy: bool = False, **noise: Any) -> Any:
+    """The same weights with and without a noisy view."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=32, num_labels=3)
+    plain = transformers.ViTForImageClassification(config)
+    if not noisy:
+        return plain
+    model = regularized.ViTForImageClassification(config, **noise)
+    model.load_state_dict(plain.state_dict())
     return model
 
 
@@ -224,6 +237,17 @@ def test_groups_recall_the_encoder_and_decay_as_the_trainer_does(tmp_path):
     assert recalled == {name for name in names.values() if name.startswith("roberta.")}
     assert decayed == set(Trainer(model, trainer_arguments(tmp_path)).get_decay_parameter_names(model))
     assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+def test_recall_groups_take_the_decay_of_another_recipe():
+    """RecAdam that decays other weights than the plain run beside it differs in more than the method."""
+    model = tiny_image_classifier()
+    undecayed = ("bias", "position_embeddings", "cls_token")
+    groups = recall_groups(model, 0.1, lambda name, parameter: not name.endswith(undecayed))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names == {name for name, _ in model.named_parameters() if name.endswith("weight")}
+    assert any("layernorm" in name for name in names) and "classifier.weight" in names
 
 
 def recadam_trainer(folder: Any, model: Any, **overrides: Any) -> Trainer:
@@ -431,6 +455,43 @@ def test_bert_answers_two_views_too():
     model.load_state_dict(parent.state_dict())
     batch = {**padded_batch(), "token_type_ids": torch.randint(2, (4, 9)), "position_ids": torch.arange(9)[None]}
     assert torch.allclose(model(**batch).logits, parent(**batch).logits, rtol=0, atol=1e-6)
+
+
+def test_images_answer_two_views_too():
+    """Noise on both halves, or on pixels, would be another regulariser; eval must stay what tables report."""
+    pixels, parent = torch.randn(4, 3, 8, 8), tiny_image_classifier().train()
+    model = tiny_image_classifier(noisy=True, noise_size=0.1).train()
+    output = model(pixel_values=pixels)
+    assert torch.allclose(output.logits, parent(pixels).logits, rtol=0, atol=1e-6)
+    assert (output.noisy_logits - output.logits).abs().min() > 0
+    labels = torch.tensor([0, 1, 2, 0])
+    assert torch.equal(model.eval()(pixels, labels=labels).loss, parent.eval()(pixels, labels=labels).loss)
+    still = tiny_image_classifier(noisy=True, noise_size=0.0).double().train()(pixels.double())
+    assert torch.allclose(still.logits, still.noisy_logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("view", ["logits", "noisy_logits"])
+def test_gradients_reach_an_image_model_through_both_halves(view: str):
+    """As for words: the noisy half moves everything but what makes the embeddings."""
+    model = tiny_image_classifier(noisy=True, noise_size=0.1).train()
+    model(torch.randn(4, 3, 8, 8))[view].square().sum().backward()
+    for name, p in model.named_parameters():
+        reached = p.grad is not None and bool(p.grad.abs().sum() > 0)
+        expected = "patch_embeddings" not in name or view == "logits"
+        assert reached == expected or "k_proj.bias" in name, name
+
+
+def test_a_noisy_image_model_starts_from_a_masked_auto_encoder(tmp_path):
+    """The folder says vit_mae; without the given configuration there is no classifier to load."""
+    masked = transformers.ViTMAEForPreTraining(tiny_vit_mae_config())
+    masked.save_pretrained(tmp_path)
+    sizes = {name: getattr(masked.config, name) for name in ("image_size", "patch_size", "hidden_size")}
+    sizes |= {name: getattr(masked.config, name) for name in ("num_hidden_layers", "num_attention_heads")}
+    config = transformers.ViTConfig(**sizes, intermediate_size=masked.config.intermediate_size, num_labels=5)
+    model = noisy_model(str(tmp_path), noise_size=0.2, config=config)
+    assert (type(model), model.noise_size) == (regularized.ViTForImageClassification, 0.2)
+    encoder = masked.vit.state_dict()
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in model.vit.state_dict().items())
 
 
 def test_eval_mode_is_the_parents_forward():

@@ -333,3 +333,56 @@ def _write(figure: Figure, path: PathLike) -> Figure:
     finally:
         temporary.unlink(missing_ok=True)
     return figure
+
+
+# ------------------------------------------------------------------------------------- images and their reconstructions
+
+
+def reconstructions(images: Mapping[str, Any], path: PathLike) -> Figure:
+    """One row of pictures for each name, equal pictures below each other: the originals, masked, and as models guess them.
+
+    images: arrays (pictures, height, width, 3) on the scale [0, 1], all of one shape.
+    """
+    import numpy as np
+
+    _need(list(images), "images")
+    shapes = {np.asarray(pictures).shape for pictures in images.values()}
+    shape = next(iter(shapes))
+    if len(shapes) > 1 or len(shape) != 4 or shape[-1] != 3:
+        raise ValueError(f"every row needs as many pictures of one size, (pictures, height, width, 3), got {shapes}")
+    count, height, width, _ = shape
+    gap = max(1, height // 14)
+    grid = np.ones((len(images) * (height + gap) - gap, count * (width + gap) - gap, 3))
+    for row, pictures in enumerate(images.values()):
+        for column, picture in enumerate(np.asarray(pictures)):
+            top, left = row * (height + gap), column * (width + gap)
+            grid[top : top + height, left : left + width] = np.clip(picture, 0.0, 1.0)
+    figure, (axes,) = _figure(1, (1.1 * count + 1.6, 1.1 * len(images) + 0.4))
+    axes.imshow(grid, interpolation="nearest")
+    axes.set_yticks([row * (height + gap) + height / 2 for row in range(len(images))])
+    axes.set_yticklabels([textwrap.fill(name, 17, break_on_hyphens=False) for name in images], fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return _write(figure, path)
+
+
+def curves(lines: Mapping[str, Mapping[float, Sequence[float]]], x_label: str, y_label: str, path: PathLike) -> Figure:
+    """One line for each name: mean ± standard deviation over seeds of the values at each x, on a logarithmic axis of x."""
+    _need(list(lines), "lines")
+    figure, (axes,) = _figure(1, (6.0, 4.0))
+    for index, (name, points) in enumerate(lines.items()):
+        x = sorted(points)
+        means, stds, _ = zip(*[mean_and_std(points[place]) for place in x], strict=True)
+        apart = [place * 1.02 ** (index - (len(lines) - 1) / 2) for place in x]
+        style: dict[str, Any] = {"color": _PALETTE[index % len(_PALETTE)], "marker": _MARKERS[index % len(_MARKERS)]}
+        axes.errorbar(apart, means, stds, label=name, capsize=3, markersize=5, **style)
+    axes.set_xscale("log")
+    _plain_numbers(axes)
+    axes.set_xticks(sorted({place for points in lines.values() for place in points}))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(_words(f"{y_label.split(' (')[0]} against {x_label.split(' (')[0]}"))
+    axes.legend(frameon=False, fontsize=9)
+    return _write(figure, path)

@@ -161,3 +161,34 @@ def test_nothing_to_draw_and_percentages_are_said(tmp_path):
     with pytest.raises(ValueError, match="equally long"):
         plots.against([1, 2], [1], None, "x", "y", tmp_path / "a.png")
     assert not os.listdir(tmp_path)
+
+
+def test_reconstructions_stand_below_each_other(tmp_path):
+    """A picture beside another one's reconstruction compares two images, and nobody sees it."""
+    import numpy as np
+
+    rows = {"image": np.zeros((2, 4, 4, 3)), "masked": np.full((2, 4, 4, 3), 0.5), "start": np.full((2, 4, 4, 3), 2.0)}
+    rows["masked"][1] = 0.25
+    (axes,) = plots.reconstructions(rows, tmp_path / "a.png").axes
+    shown = np.asarray(axes.images[0].get_array())
+    assert shown.shape == (3 * 4 + 2, 2 * 4 + 1, 3)
+    for (top, left), value in {(0, 0): 0.0, (0, 5): 0.0, (5, 0): 0.5, (5, 5): 0.25, (10, 5): 1.0}.items():
+        assert (shown[top : top + 4, left : left + 4] == value).all()
+    assert (shown[4] == 1.0).all() and (shown[:, 4] == 1.0).all(), "gaps are white"
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(rows)
+    with pytest.raises(ValueError, match="as many pictures of one size"):
+        plots.reconstructions({"image": np.zeros((2, 4, 4, 3)), "start": np.zeros((3, 4, 4, 3))}, tmp_path / "b.png")
+
+
+def test_curves_are_means_over_seeds(tmp_path):
+    """A line through single seeds, or through unsorted numbers, is not the curve that the text speaks of."""
+    lines = {"start": {200: [60.0, 70.0], 50: [40.0, 42.0]}, "round 1": {50: [50.0], 200: [80.0]}}
+    (axes,) = plots.curves(lines, "labels", "accuracy (%)", tmp_path / "a.png").axes
+    assert [
+        list(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) == 2 and line.get_linestyle() == "-"
+    ] == [
+        [41.0, 65.0],
+        [50.0, 80.0],
+    ]
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "labels", "accuracy (%)")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["start", "round 1"]
