@@ -111,7 +111,7 @@ def two_view_config(name_or_path: str, **kwargs: Any) -> Any:
             raise  # transformers names the file that is missing
         raise OSError(
             f"model {name_or_path!r} is neither a local folder nor reachable on the Hub. Without a network: give a local "
-            "folder with --model_name_or_path, leave the flag out (the embedded RoBERTa), or fill the Hugging Face cache "
+            "folder with --model_name_or_path, leave the flag out (the recipe's own start), or fill the Hugging Face cache "
             f"beforehand (hf download {name_or_path})"
         ) from error
     if config.model_type not in TWO_VIEWS:

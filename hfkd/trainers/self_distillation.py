@@ -358,7 +358,11 @@ class SelfDistillationTrainer(DistillationTrainer):
                     "start": self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
                     "objective": type(objective).__name__,
                     "equation": objective.equation,
-                    "settings": {**objective.settings(), **without_none(self._settings(("num_rounds", *RECORDED)))},
+                    "settings": {
+                        **objective.settings(),
+                        **without_none(self.kind.settings(self.data_collator, self.model.config)),
+                        **without_none(self._settings(("num_rounds", *RECORDED))),
+                    },
                     "rounds": stages,
                     "teacher": f"the encoder of round {self.round - 1}" if self.round else "",
                     "versions": self.card_facts.versions or installed_versions(),
