@@ -40,7 +40,10 @@ COLUMNS = {"logits": "teacher_logits", "features": "teacher_features"}
 DTYPES = ("float16", "float32", "float64")
 # What counts as the same answer, relative to the row's largest: batches of other rows round differently
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 5e-2}
-SAME = ("format", "teacher", "weights", "processing", "columns", "rows", "data", "dtype", "features", "view", "config")
+SAME = (
+    *("format", "teacher", "weights", "processing", "shown", "columns", "rows", "data", "dtype", "features", "view"),
+    "config",
+)
 
 
 def cache_teacher(
@@ -68,7 +71,8 @@ def cache_teacher(
 
     teacher: a Teacher, a module, a folder or a Hub id.
     collator: must be deterministic; None pads numbers with what the tokenizer (or the teacher's config) pads with.
-    processing_class: the tokenizer or image processor that made the inputs; its settings are part of the manifest.
+    processing_class: the tokenizer or image processor that made the inputs; its settings are part of the manifest, as is
+    what an ImageCollator shows.
     batch_size: of rows with similar numbers of tokens, longest first, so that too little memory fails at once.
     dtype: float16, float32 or float64, of what is stored. columns: those the teacher's answer depends on; None takes
     the teacher's inputs.
@@ -94,6 +98,7 @@ def cache_teacher(
             **_about_teacher(teacher),
             "format": FORMAT,
             "processing": processing_hash(processing_class),
+            "shown": getattr(collator, "shown", None),
             "columns": list(inputs.columns),
             "rows": len(dataset),
             "data": inputs.content,
@@ -550,8 +555,9 @@ def _finished_manifest(directory: Path) -> dict[str, Any]:
 
 def _refuse_different(place: Path, manifest: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     said = {"data": "the rows' content", "weights": "the teacher's weights", "processing": "the tokenizer or processor"}
+    said["shown"] = "the size and normalisation of the images"
     for name, value in found.items():
-        stored = manifest[name]
+        stored: Any = manifest.get(name)
         if name == "teacher":  # a copy under another name is the same teacher
             stored, value = _without_names(stored), _without_names(value)
         if stored != value:

@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pet_report import difference, interval
-from program import at_random, one_sentence, say
-from run_report import per_seed_csv, write_whole
 
 from hfkd.data import embedded
 from hfkd.diagnostics import plots
 from hfkd.diagnostics.metrics import accuracy, subgroup_accuracy, worst_k
 from hfkd.trainers.arguments import parse_arguments
+from pet_report import difference, interval
+from program import at_random, one_sentence, say
+from run_report import per_seed_csv, write_whole
 
 NUMBERS = (
     "age",

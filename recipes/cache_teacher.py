@@ -19,12 +19,12 @@ from pathlib import Path
 
 import datasets
 import transformers
-from program import one_sentence
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hfkd.cache import cache_teacher, verify_cache
 from hfkd.data.text import TEXT_TASKS, load_text, tokenize
 from hfkd.teachers import ModelTeacher
+from program import one_sentence
 
 
 @dataclass

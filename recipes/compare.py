@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from program import HERE, one_sentence, one_source, quiet, say
-from run_report import per_seed_csv, percent, write_whole
-from text_study import Study, StudyArguments
 
 from hfkd import DistillationArguments
 from hfkd.diagnostics import plots
 from hfkd.diagnostics.metrics import mean_and_std, paired_difference
 from hfkd.objectives import Objective
 from hfkd.trainers.arguments import parse_arguments
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import per_seed_csv, percent, write_whole
+from text_study import Study, StudyArguments
 
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--config")
 REFERENCE = "cross_entropy"

@@ -26,16 +26,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from image_study import Study, StudyArguments
-from program import HERE, one_sentence, one_source, quiet, say
-from run_report import COSTS, per_seed_csv, percent, write_whole
-
 from hfkd import DistillationArguments
 from hfkd.data.splits import save_indices
 from hfkd.diagnostics import plots
 from hfkd.diagnostics.metrics import gap_closed, mean_and_std, paired_difference
 from hfkd.objectives import CrossEntropy, Distillation
 from hfkd.trainers.arguments import parse_arguments
+from image_study import Study, StudyArguments
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import COSTS, per_seed_csv, percent, write_whole
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--config")
 BASELINE, DISTILLED = "baseline", "distilled"

@@ -26,14 +26,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from program import HERE, one_sentence, one_source, quiet, say
-from run_report import COSTS, per_seed_csv, percent, write_whole
-from text_study import Study, StudyArguments
-
 from hfkd import DistillationArguments
 from hfkd.diagnostics.metrics import gap_closed, mean_and_std, paired_difference
 from hfkd.objectives import CrossEntropy
 from hfkd.trainers.arguments import parse_arguments
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import COSTS, per_seed_csv, percent, write_whole
+from text_study import Study, StudyArguments
 
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--config")
 BASELINE, DISTILLED = "baseline", "distilled"

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from program import at_random, rows_per_step, say
-
 from hfkd import DistillationArguments
 from hfkd.data.augment import Augmentation
 from hfkd.data.images import IMAGE_TASKS, decoded, load_images, verify_images
 from hfkd.data.pixels import ImageCollator, PixelView
 from hfkd.fingerprint import content_hash
+from program import at_random, rows_per_step, say
 from runs import View
 
 MOST_DECODED = 4 * 2**30  # bytes of pixels that are kept beside the pictures; beyond, every epoch decodes them again

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from image_data import ImageArguments, ImageData, augmentation_of, load_data, view_of
-from program import HERE, rows_per_step, say
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessorPil
 
 from hfkd import DistillationArguments
@@ -27,6 +25,8 @@ from hfkd.records import read_json, weights_hash
 from hfkd.teachers import CachedTeacher, ModelTeacher, Teacher
 from hfkd.teachers.labels import label_order
 from hfkd.teachers.model import image_processor_of
+from image_data import ImageArguments, ImageData, augmentation_of, load_data, view_of
+from program import HERE, rows_per_step, say
 from runs import Run, Runs, predict
 
 SIZES = f"a YAML file with sizes (recipes/configs/image_*.yaml), or one of {', '.join(NETWORKS)}"

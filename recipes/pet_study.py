@@ -17,9 +17,6 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from image_data import ImageArguments, ImageData, augmentation_of, view_of
-from image_study import SIZES, TEACHERS_SEED, Network
-from program import at_random, rows_per_step, say
 
 from hfkd import DistillationArguments
 from hfkd.cache import cache_teacher
@@ -33,6 +30,9 @@ from hfkd.objectives.balanced_student import BalancedStudent
 from hfkd.objectives.group_dro import GroupDRO
 from hfkd.records import weights_hash
 from hfkd.teachers import CachedTeacher, ModelTeacher, Teacher
+from image_data import ImageArguments, ImageData, augmentation_of, view_of
+from image_study import SIZES, TEACHERS_SEED, Network
+from program import at_random, rows_per_step, say
 from runs import Run, Runs, View
 
 METHODS: dict[str, type[Objective]] = {

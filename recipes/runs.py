@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from program import rows_per_step
 from safetensors.numpy import load_file, save_file
 from scipy.special import softmax
 from transformers import EvalPrediction, PrinterCallback
@@ -31,6 +30,7 @@ from hfkd.records import read_json, weights_hash, write_json
 from hfkd.teachers import Teacher
 from hfkd.trainers.checkpoints import last_whole_checkpoint
 from hfkd.trainers.self_distillation import RECORDED
+from program import rows_per_step
 
 
 @dataclass

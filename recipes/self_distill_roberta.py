@@ -23,10 +23,6 @@ from typing import Any
 import datasets
 import numpy as np
 import transformers
-from program import say
-from stage_fine_tuning import FineTuning, Labelled, check_baselines, stage_arguments
-from stage_report import card_results, draw, stage_rows, table, write_csv
-from stage_rounds import ablations, bounded, delete, earlier_run, resumes
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hfkd import (
@@ -44,6 +40,10 @@ from hfkd.objectives import MaskedLM
 from hfkd.regularized import noisy_model
 from hfkd.trainers.arguments import parse_arguments
 from hfkd.trainers.round_kinds import rows_hash
+from program import say
+from stage_fine_tuning import FineTuning, Labelled, check_baselines, stage_arguments
+from stage_report import card_results, draw, stage_rows, table, write_csv
+from stage_rounds import ablations, bounded, delete, earlier_run, resumes
 
 HERE = Path(__file__).resolve().parent
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--model_name_or_path", "--config")

@@ -31,12 +31,6 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from image_data import ImageArguments, augmentation_of, load_data, pixels_of
-from program import HERE, at_random, one_sentence, one_source, quiet, rows_per_step, say
-from reconstructions import draw_reconstructions
-from stage_fine_tuning import FineTuning, Labelled, check_baselines
-from stage_report import card_results, draw, label_curves, label_table, stage_rows, table, time_table, write_csv
-from stage_rounds import Clock, ablations, bounded, delete, earlier_run, resumes
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTMAEConfig, set_seed
 
 from hfkd import SelfDistillationArguments, SelfDistillationTrainer, two_view_model
@@ -53,9 +47,15 @@ from hfkd.records import read_json
 from hfkd.regularized import noisy_model
 from hfkd.teachers.model import image_processor_of
 from hfkd.trainers.arguments import parse_arguments
+from image_data import ImageArguments, augmentation_of, load_data, pixels_of
+from program import HERE, at_random, one_sentence, one_source, quiet, rows_per_step, say
+from reconstructions import draw_reconstructions
+from stage_fine_tuning import FineTuning, Labelled, check_baselines
+from stage_report import card_results, draw, label_curves, label_table, stage_rows, table, time_table, write_csv
+from stage_rounds import Clock, ablations, bounded, delete, earlier_run, resumes
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--model_name_or_path", "--config")
-START_SIZES = HERE / "configs" / "vit_mae_4x64.yaml"
+START_SIZES = HERE / "configs" / "mae_4x64.yaml"
 START = {  # how the embedded start is made: one setting, not searched
     **{"mask_ratio": 0.75, "learning_rate": 2e-3, "weight_decay": 0.05, "warmup_steps": 0.05, "seed": 0, "batch": 64},
     **{"adam_beta1": 0.9, "adam_beta2": 0.95, "lr_scheduler_type": "linear"},

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from program import say
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 
@@ -18,6 +17,7 @@ from hfkd.data.splits import low_resource_subset
 from hfkd.diagnostics.metrics import score
 from hfkd.records import file_hash, read_json, write_json
 from hfkd.regularized import MARS, R3F, RecAdam, recall_groups
+from program import say
 
 # What a result depends on besides data, weights and seed; a resumed run with other values is refused
 SETTINGS = (

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stage_rounds import seconds_of
-
 from hfkd.diagnostics import plots
 from hfkd.diagnostics.metrics import mean_and_std, paired_difference
 from hfkd.records import read_json
+from stage_rounds import seconds_of
 
 Results = list[
     dict[str, Any]

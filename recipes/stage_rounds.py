@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from program import say
 from transformers import TrainerCallback
 
 from hfkd import SelfDistillationArguments, SelfDistillationTrainer
 from hfkd.records import read_json, write_json
+from program import say
 
 WRITTEN = ("round-*", "ablation-*", "pretraining-seed-*", "fine_tuning", "fine_tuned", "start", "rounds.json")
 

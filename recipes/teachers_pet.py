@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pet_report import difference, interval
-from pet_study import CHOSEN_BY, ONE_HOT, PetArguments, PetStudy, chosen_temperature, run_name
-from program import HERE, one_sentence, one_source, quiet, say
-from run_report import per_seed_csv, write_whole
 
 from hfkd import DistillationArguments
 from hfkd.diagnostics import plots
 from hfkd.diagnostics.metrics import per_class_recall, worst_k
 from hfkd.functional import class_reliability
 from hfkd.trainers.arguments import parse_arguments
+from pet_report import difference, interval
+from pet_study import CHOSEN_BY, ONE_HOT, PetArguments, PetStudy, chosen_temperature, run_name
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import per_seed_csv, write_whole
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--train_list", "--config")
 KD, TEACHER = "kd", "teacher"

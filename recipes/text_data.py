@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from program import at_random, rows_per_step, say
-
 from hfkd import DistillationArguments
 from hfkd.data.collate import DistillationCollator
 from hfkd.data.text import TEXT_TASKS, label_names, load_text, tokenize
 from hfkd.fingerprint import content_hash
 from hfkd.teachers.model import tokenizer_of
+from program import at_random, rows_per_step, say
 from runs import View
 
 METRICS = {

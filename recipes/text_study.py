@@ -10,8 +10,6 @@ from typing import Any
 
 import transformers
 import yaml
-from program import HERE, rows_per_step, say
-from text_data import DataArguments, TextData, load_data, tokenizer_for, view_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hfkd import DistillationArguments
@@ -23,7 +21,9 @@ from hfkd.objectives import Objective
 from hfkd.records import read_json, weights_hash
 from hfkd.teachers import CachedTeacher, ModelTeacher, Teacher
 from hfkd.teachers.labels import label_order
+from program import HERE, rows_per_step, say
 from runs import Run, Runs, predict
+from text_data import DataArguments, TextData, load_data, tokenizer_for, view_of
 
 TEACHERS = (
     "--teacher (a fine-tuned folder or Hub id, see recipes/train_teacher.py) or --teacher_start (weights to fine-tune)"

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from program import HERE, one_sentence, one_source, quiet, say
-from run_report import per_seed_csv, percent, write_whole
-from text_data import DataArguments, load_data, tokenizer_for, view_of
-from text_study import classifier, start_weights
-
 from hfkd import DistillationArguments
 from hfkd.trainers.arguments import parse_arguments
+from program import HERE, one_sentence, one_source, quiet, say
+from run_report import per_seed_csv, percent, write_whole
 from runs import Run, Runs
+from text_data import DataArguments, load_data, tokenizer_for, view_of
+from text_study import classifier, start_weights
 
 OWN_DATA = ("--task", "--dataset_name", "--train_file", "--model_name_or_path", "--config")
 

@@ -19,7 +19,7 @@ from hfkd.trainers.arguments import DistillationArguments, SelfDistillationArgum
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 CONFIGS = [
-    path for path in CONFIGS if not path.stem.startswith(("student_", "image_"))
+    path for path in CONFIGS if not path.stem.startswith(("student_", "image_", "mae_"))
 ]  # sizes of models, no arguments
 
 

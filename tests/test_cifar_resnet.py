@@ -343,6 +343,13 @@ def test_sizes_that_make_no_network_are_refused(changes, sentence):
         cifar_resnet_config("resnet20", 10, **changes)
 
 
+def test_half_precision_weights_read_images_of_full_precision():
+    """Images come in float32; a network in bfloat16 would end with an error about biases in its first convolution."""
+    config = cifar_resnet_config("resnet20", 3, depths=(1, 1, 1))
+    model = CifarResNetForImageClassification(config).eval().to(torch.bfloat16)
+    assert model(torch.randn(2, 3, 16, 16)).logits.dtype == torch.bfloat16
+
+
 def test_images_with_other_channels_are_refused():
     """MNIST on a network for RGB fails deep inside torch with the sizes of a weight."""
     with pytest.raises(ValueError, match="have 1 channels, the network takes 3"):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from rounds_run import classifier_trainer, distilled_trainer, rounds_trainer, start_model
 from safetensors.torch import load_file
 
 from hfkd import DistillationArguments, DistillationTrainer, MaskedLMCollator, ModelTeacher
 from hfkd.functional import cross_entropy, kl_divergence
 from hfkd.objectives import MaskedLM, Objective
 from hfkd.testing import tiny_rows, tiny_tokenizer
+from rounds_run import classifier_trainer, distilled_trainer, rounds_trainer, start_model
 
 HERE = Path(__file__).parent
 

@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from rounds_run import image_processor, image_rounds_trainer, image_rows, start_image_model
 from safetensors.torch import load_file
-from test_laws import Witness, assert_same_weights, plain_arguments, start_process
-from two_processes_mae import RUNS
 
 from hfkd import DistillationTrainer, ModelTeacher, two_view_model
 from hfkd.data.masked_images import MaskedImageCollator
@@ -24,6 +21,9 @@ from hfkd.data.pixels import ImageCollator
 from hfkd.models.two_view_mae import CleanEncoder, ViTMAEForPreTraining
 from hfkd.objectives import MaskedImages, SelfDistillImages
 from hfkd.testing import tiny_vit_mae_config
+from rounds_run import image_processor, image_rounds_trainer, image_rows, start_image_model
+from test_laws import Witness, assert_same_weights, plain_arguments, start_process
+from two_processes_mae import RUNS
 
 HERE = Path(__file__).parent
 QUICK = {"num_rounds": 1, "save_strategy": "no"}
@@ -455,3 +455,15 @@ def test_two_processes_equal_one(ranks, run, tmp_path):
     alone = image_rounds_trainer(tmp_path, {**QUICK, **RUNS.get(run, {})}, double=True)
     alone.train()
     assert_same_weights(ranks[0][run], alone.model.state_dict(), 1e-6 if run == "cached" else 1e-9)
+
+
+def test_a_mask_ratio_that_was_changed_in_memory_is_checked(tmp_path):
+    """A model that sees no patch at all trains on: it learns the mean picture, and no error says so."""
+
+    def blind():
+        model = start_image_model()
+        model.config.mask_ratio = 1.0
+        return model
+
+    with pytest.raises(ValueError, match="mask_ratio 1.0 leaves 0 of 16"):
+        image_rounds_trainer(tmp_path, QUICK, model_init=blind)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rounds_run import classifier_trainer
-from test_functional import kl_by_loops, log_softmax_by_loops, logit_pairs
-from test_objective_kd import score, two_sides
 from transformers import RobertaForSequenceClassification
 
 from hfkd.functional import class_reliability
 from hfkd.objectives import KD, AdaAlpha, AdaMargin, BalancedStudent, CrossEntropy, GroupDRO
 from hfkd.outputs import TeacherOutput
 from hfkd.testing import check_objective, tiny_roberta_config
+from rounds_run import classifier_trainer
+from test_functional import kl_by_loops, log_softmax_by_loops, logit_pairs
+from test_objective_kd import score, two_sides
 
 ALPHA = torch.tensor([0.9, 0.0, 0.35, 1.0], dtype=torch.float64)
 

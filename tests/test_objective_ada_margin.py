@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_functional import kl_by_loops, log_softmax_by_loops, logit_pairs
-from test_objective_ada_alpha import dev_answers, reliability_by_loops
-from test_objective_kd import score, two_sides
 
 from hfkd.objectives import KD, AdaMargin, CrossEntropy
 from hfkd.objectives.ada_margin import VARIANTS
 from hfkd.outputs import TeacherOutput
 from hfkd.testing import check_objective, classification_case
+from test_functional import kl_by_loops, log_softmax_by_loops, logit_pairs
+from test_objective_ada_alpha import dev_answers, reliability_by_loops
+from test_objective_kd import score, two_sides
 
 
 def with_offset(offset: torch.Tensor, **settings) -> AdaMargin:

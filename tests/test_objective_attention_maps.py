@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_objective_hidden_states import built, distill_loss, with_padding
 
 from hfkd import ModelTeacher
 from hfkd.objectives import AttentionMaps
 from hfkd.testing import check_objective, hidden_case, tiny_roberta_config
+from test_objective_hidden_states import built, distill_loss, with_padding
 
 EVERYTHING = torch.arange(8)
 

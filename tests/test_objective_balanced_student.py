@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_functional import kl_by_loops, log_softmax_by_loops
-from test_objective_kd import score, two_sides
 
 from hfkd.objectives import KD, BalancedStudent, CrossEntropy
+from test_functional import kl_by_loops, log_softmax_by_loops
+from test_objective_kd import score, two_sides
 
 COUNTS = [50, 20, 8, 2]
 LABELS = torch.repeat_interleave(torch.arange(4), torch.tensor(COUNTS))

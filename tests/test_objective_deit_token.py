@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_functional import kl_by_loops, log_softmax_by_loops
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
@@ -26,6 +25,7 @@ from hfkd import CachedTeacher, DistillationArguments, DistillationTrainer
 from hfkd.objectives import DeiTToken
 from hfkd.outputs import TeacherOutput
 from hfkd.testing import check_objective, two_head_case
+from test_functional import kl_by_loops, log_softmax_by_loops
 
 LABELS = 4
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_functional import logit_pairs
-from test_objective_dkd import softmax_by_loops
-from test_objective_kd import score, two_sides
 
 from hfkd.functional import correlation
 from hfkd.objectives import DIST
+from test_functional import logit_pairs
+from test_objective_dkd import softmax_by_loops
+from test_objective_kd import score, two_sides
 
 
 def dist_by_numpy(student, teacher, inter_weight: float, intra_weight: float, temperature: float) -> float:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_functional import kl_by_loops, logit_pairs
-from test_objective_kd import score, two_sides
 
 from hfkd.functional import decoupled_divergence, kl_divergence
 from hfkd.objectives import DKD, KD
+from test_functional import kl_by_loops, logit_pairs
+from test_objective_kd import score, two_sides
 
 
 def softmax_by_loops(row: list[float], temperature: float) -> list[float]:

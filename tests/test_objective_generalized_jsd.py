@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from hfkd.objectives import KD, GeneralizedJSD
 from test_functional import kl_by_loops, logit_pairs
 from test_objective_dkd import softmax_by_loops
 from test_objective_kd import score, two_sides
-
-from hfkd.objectives import KD, GeneralizedJSD
 
 
 def kl(p: list[float], q: list[float]) -> float:

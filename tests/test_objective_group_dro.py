@@ -10,11 +10,11 @@ import torch
 import torch.distributed
 from hypothesis import given
 from hypothesis import strategies as st
-from rounds_run import classifier_trainer
-from test_functional import log_softmax_by_loops
 
 from hfkd.objectives import CrossEntropy, GroupDRO
 from hfkd.testing import check_objective, classification_case
+from rounds_run import classifier_trainer
+from test_functional import log_softmax_by_loops
 
 LABELS = torch.tensor([0, 0, 0, 2, 2, 0, -100, 2])  # no example of class 1
 

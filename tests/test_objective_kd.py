@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_functional import kl_by_loops, log_softmax_by_loops, logit_pairs
 
 from hfkd.objectives import KD, CrossEntropy
 from hfkd.outputs import TeacherOutput
+from test_functional import kl_by_loops, log_softmax_by_loops, logit_pairs
 
 
 def score(objective, student, teacher, labels=None, problem_type=None) -> dict[str, torch.Tensor]:

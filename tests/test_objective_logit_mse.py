@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_functional import logit_pairs
-from test_objective_kd import score, two_sides
 
 from hfkd.objectives import KD, LogitMSE
+from test_functional import logit_pairs
+from test_objective_kd import score, two_sides
 
 
 @given(logit_pairs(), st.sampled_from(["single_label_classification", "multi_label_classification", "regression"]))

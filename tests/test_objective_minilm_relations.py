@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_objective_hidden_states import built, distill_loss, with_padding
 
 from hfkd.objectives import MiniLMRelations
 from hfkd.testing import check_objective, hidden_case
+from test_objective_hidden_states import built, distill_loss, with_padding
 
 EVERYTHING = torch.arange(8)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_objective_hidden_states import distill_loss, with_padding
 
 from hfkd.objectives import RelationalKD
 from hfkd.outputs import TeacherOutput
 from hfkd.testing import check_objective, classification_case, hidden_case
+from test_objective_hidden_states import distill_loss, with_padding
 
 EVERYTHING = torch.arange(8)
 
@@ -181,3 +181,10 @@ def test_what_cannot_be_compared_is_refused():
     case = hidden_case(EVERYTHING)
     with pytest.raises(ValueError, match=r"teacher answered no hidden_states.*logits"):
         RelationalKD()(case.student, TeacherOutput(logits=case.teacher.logits), case.batch)
+
+
+def test_feature_maps_are_refused():
+    """The hidden states of a network of convolutions have no tokens: a row of pixels would be taken for the first of them."""
+    maps = SimpleNamespace(logits=torch.randn(4, 3), hidden_states=(torch.randn(4, 8, 2, 2),))
+    with pytest.raises(ValueError, match=r"the student answered \(4, 8, 2, 2\).*feature='logits'"):
+        RelationalKD()(maps, maps, {"labels": torch.zeros(4, dtype=torch.long)})

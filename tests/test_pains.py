@@ -3,15 +3,14 @@
 import copy
 import json
 
-import copied_snippet
 import datasets
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, TaskType
-from rounds_run import classifier_trainer
 from safetensors.torch import load_file
 
+import copied_snippet
 from hfkd import DistillationArguments, DistillationTrainer
 from hfkd.objectives import (
     KD,
@@ -25,6 +24,7 @@ from hfkd.objectives import (
 from hfkd.teachers import CachedTeacher, EnsembleTeacher, ModelTeacher
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
 from hfkd.trainers.arguments import DistillationTrainingArguments
+from rounds_run import classifier_trainer
 
 
 def classifier(seed=1, dropout=0.0, **overrides):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
@@ -13,8 +14,13 @@ from safetensors.torch import load_file
 from transformers import (
     ConvNextImageProcessorPil,
     DeiTImageProcessorPil,
+    DonutImageProcessorPil,
+    EfficientNetImageProcessorPil,
     LevitImageProcessorPil,
     MobileNetV2ImageProcessorPil,
+    MobileViTImageProcessorPil,
+    PerceiverImageProcessorPil,
+    PoolFormerImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -28,6 +34,7 @@ from hfkd.data.pixels import ImageCollator, PixelView
 from hfkd.functional import cross_entropy, labelled_units
 from hfkd.objectives import DKD, KD, CrossEntropy
 from hfkd.teachers import CachedTeacher, ModelTeacher
+from hfkd.trainers.inputs import refuse_dispatched_draws
 
 SIZE = {"height": 8, "width": 8}
 
@@ -80,10 +87,18 @@ PROCESSORS = {
     "levit": LevitImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
     "bytes": ViTImageProcessorPil(size=SIZE, do_rescale=False, image_mean=[120.0] * 3, image_std=[60.0] * 3),
     "not normalised": ViTImageProcessorPil(size=SIZE, do_normalize=False),
+    "nearest neighbour": ViTImageProcessorPil(size=SIZE, resample=0),
+    "convnext and resnet": ConvNextImageProcessorPil(size={"shortest_edge": 8}, crop_pct=0.5),
+    "convnext, warped": ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+    "poolformer": PoolFormerImageProcessorPil(size={"shortest_edge": 8}, crop_size=SIZE, crop_pct=0.5),
+    "efficientnet-b0": EfficientNetImageProcessorPil(
+        size=SIZE, image_std=[0.47, 0.48, 0.49], rescale_factor=1 / 127.5, rescale_offset=True, include_top=True
+    ),
+    "mobilevit": MobileViTImageProcessorPil(size={"shortest_edge": 10}, crop_size=SIZE),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in PROCESSORS if name != "levit"])
+@pytest.mark.parametrize("name", PROCESSORS)
 def test_a_view_is_what_the_processor_makes(name):
     """A model fine-tuned with one normalisation and distilled with another learns from a teacher that answers noise."""
     processor, rows = PROCESSORS[name], pictures(size=(13, 9))
@@ -105,6 +120,38 @@ def test_a_processor_without_one_size_is_refused():
     assert PixelView.of(ConvNextImageProcessorPil(size={"shortest_edge": 32})).size == (32, 32)
 
 
+@pytest.mark.parametrize("kind", [DonutImageProcessorPil, PerceiverImageProcessorPil])
+def test_a_processor_that_does_more_is_refused(kind):
+    """A teacher whose processor pads or cuts first would be shown other pictures than it knows, without a sign."""
+    with pytest.raises(ValueError, match="does more than to resize"):
+        PixelView.of(kind(size={"height": 16, "width": 12}))
+    with pytest.raises(ValueError, match="without image_mean"):
+        PixelView.of(ViTImageProcessorPil(size=SIZE, image_mean=None))
+
+
+def test_two_views_that_exchange_red_and_blue_differ():
+    """A teacher that reads blue first would be shown the student's pixels, and answer about other colours."""
+    rgb, bgr = PixelView((8, 8)), PixelView((8, 8), bgr=True)
+    picture = pictures(1)[0]["image"]
+    collator = ImageCollator(rgb, bgr)
+    batch = collator.on_device(collator([{"image": picture}]))
+    assert torch.equal(batch["teacher_pixel_values"], batch["pixel_values"].flip(1))
+
+
+def test_a_long_strip_is_cut_before_it_is_resized():
+    """One picture of 1 x 20,000 pixels would take gigabytes and most of a minute, in the middle of an epoch."""
+    view = PixelView((8, 8), resized=10)
+    ramp = np.broadcast_to(np.linspace(0, 255, 20_000)[:, None, None], (20_000, 1, 3)).astype(np.uint8)
+    found = view.fit(Pictures.fromarray(ramp))
+    assert found.shape == (8, 8, 3) and np.abs(found.astype(int) - 127).max() <= 1
+    long = Pictures.fromarray(np.random.default_rng(0).integers(0, 256, (60, 4, 3), dtype=np.uint8))
+    usual = np.asarray(long.resize((10, 150), resample=2).crop((1, 71, 9, 79))).astype(int)
+    cut = view._centre_of_a_strip(long, (150, 10)).astype(int)
+    assert (
+        np.abs(cut - usual)[1:-1, 1:-1].max() <= 24
+    )  # but for the border, where pixels outside of the box are not read
+
+
 def test_rows_that_are_no_images_are_named():
     """Without this a user reads a KeyError of numpy."""
     collator = ImageCollator(PROCESSORS["vit"])
@@ -115,8 +162,32 @@ def test_rows_that_are_no_images_are_named():
             collator([{"pixels": wrong}])
     with pytest.raises(ValueError, match="'note' holds 'x'"):
         collator([pictures()[0]])
+    with pytest.raises(ValueError, match="'label' holds None, which is no number: remove such rows"):
+        collator([{"image": pictures()[0]["image"], "label": label} for label in (0, None)])
+    for made in ("torch", "numpy"):  # with_format
+        with pytest.raises(ValueError, match="not a picture of PIL"):
+            collator([pictures().with_format(made)[0]])
     with pytest.raises(ValueError, match="num_labels"):
         ImageCollator(PROCESSORS["vit"], augmentation=Augmentation(mixup=0.2))
+
+
+def test_two_columns_of_labels_are_refused():
+    """The last of the two would be learned, whichever it is: coarse classes in place of fine ones."""
+    with pytest.raises(ValueError, match="both would be labels"):
+        ImageCollator(PROCESSORS["vit"])([{"image": pictures()[0]["image"], "labels": 1, "label": 0}])
+
+
+def test_pixels_are_mixed_without_labels_too():
+    """A student that learns from the teacher alone would train without the mixup that its card names."""
+    rows, view = pictures(4).remove_columns(["note", "label"]), PixelView((8, 8))
+    mixed = ImageCollator(view, augmentation=Augmentation(mixup=1.0), num_labels=3)
+    features = [{**row, "example_id": i, "label": 0} for i, row in enumerate(rows)]
+    with_labels = mixed.on_device(mixed(features))
+    unlabelled = mixed.on_device(mixed([{k: v for k, v in row.items() if k != "label"} for row in features]))
+    plain = ImageCollator(view)
+    assert torch.equal(unlabelled["pixel_values"], with_labels["pixel_values"])
+    assert not torch.equal(unlabelled["pixel_values"], plain.on_device(plain(features))["pixel_values"])
+    assert "labels" not in unlabelled
 
 
 def test_grey_and_transparent_images_become_rgb():
@@ -252,6 +323,115 @@ def test_without_a_collator_the_processors_decide(tmp_path):
         )
 
 
+@pytest.mark.parametrize("made", ["torch", "stream"])
+def test_a_teachers_normalisation_counts_for_every_kind_of_rows(tmp_path, made):
+    """Rows that name no columns went unchecked: the teacher read the student's normalisation and taught noise."""
+    teacher = ModelTeacher(vit(1))
+    teacher.processing_class = ViTImageProcessorPil(size=SIZE, image_mean=[0.1] * 3)
+    rows = pictures().remove_columns("note")
+    rows = list(rows) if made == "torch" else rows.to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"mean \(0.1, 0.1, 0.1\)"):
+        DistillationTrainer(
+            vit(), arguments(tmp_path), ImageCollator(PROCESSORS["vit"]), rows, teacher=teacher, objective=KD()
+        )
+
+
+def test_pictures_of_any_rows_reach_the_model(tmp_path):
+    """transformers' own idiom, a transform that makes pixel_values, and torch data sets ended in errors about columns."""
+    rows, processor = pictures().remove_columns("note"), PROCESSORS["vit"]
+
+    def made(batch):
+        return {
+            "pixel_values": processor(batch["image"], return_tensors="pt")["pixel_values"],
+            "labels": batch["label"],
+        }
+
+    kinds = {"column": rows, "list": list(rows), "transform": rows.with_transform(made)}
+    found = {}
+    for name, given in kinds.items():
+        settings = arguments(tmp_path, remove_unused_columns=name != "transform")
+        trainer = DistillationTrainer(
+            vit(), settings, None, given, processing_class=processor, teacher=vit(1), objective=KD()
+        )
+        trainer.train()
+        found[name] = trainer.model.state_dict()
+    for name in ("list", "transform"):
+        assert all(torch.allclose(found[name][key], found["column"][key], atol=1e-6) for key in found["column"])
+
+
+class Draws(ImageCollator):
+    def on_device(self, batch):
+        if "draws" in batch:
+            drawn.append(dict(zip(batch["example_id"].tolist(), batch["draws"].tolist(), strict=True)))
+        return super().on_device(batch)
+
+
+drawn: list[dict] = []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_pass_over_a_stream_is_augmented_anew(tmp_path, workers):
+    """Of a stream the Trainer counts no epochs: the second pass over the data repeated the crops of the first."""
+    rows = pictures().remove_columns("note").add_column("example_id", list(range(12)))
+    passes = {}
+    for name, given in (("map", rows), ("stream", rows.to_iterable_dataset(num_shards=3))):
+        drawn.clear()
+        collator = Draws(PixelView((8, 8)), augmentation=Augmentation(crop="pad", padding=2, flip=0.5))
+        settings = arguments(
+            tmp_path, max_steps=9, dataloader_num_workers=workers, dataloader_persistent_workers=workers > 0
+        )
+        DistillationTrainer(vit(), settings, collator, given).train()
+        passes[name] = [{k: v for batch in drawn[i : i + 3] for k, v in batch.items()} for i in (0, 3, 6)]
+    assert passes["stream"] == passes["map"]
+    assert passes["map"][0] != passes["map"][1] != passes["map"][2]
+
+
+def test_rows_without_numbers_are_refused_where_something_is_drawn_for_them(tmp_path):
+    """A TypeError about len() says nothing about what is missing; plain pictures need no number."""
+    rows, plain = pictures().remove_columns("note"), ImageCollator(PixelView((8, 8)))
+    augmenting = ImageCollator(PixelView((8, 8)), augmentation=Augmentation(flip=0.5))
+    for given in (list(rows), rows.to_iterable_dataset()):
+        with pytest.raises(TypeError, match="need an `example_id`"):
+            DistillationTrainer(vit(), arguments(tmp_path), augmenting, given)
+        trainer = DistillationTrainer(vit(), arguments(tmp_path), plain, given, given)
+        trainer.train(), trainer.evaluate()
+    with pytest.raises(ValueError, match="pictures of one size have no lengths"):
+        settings = arguments(tmp_path, train_sampling_strategy="group_by_length")
+        DistillationTrainer(vit(), settings, plain, rows, processing_class=PROCESSORS["vit"]).train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "dispatched", "works"), [("map", None, True), ("map", True, False), ("stream", None, False)]
+)
+def test_augmentation_is_not_sent_from_one_process_to_another(rows, dispatched, works):
+    """Two processes over a stream ended with "Can only concatenate tensors" of accelerate, which names nothing to change."""
+    given = {"map": [], "stream": pictures(2).to_iterable_dataset()}[rows]
+    augmenting = ImageCollator(PixelView((8, 8)), augmentation=Augmentation(flip=0.5))
+    refuse_dispatched_draws(augmenting, given, 1, dispatched)
+    refuse_dispatched_draws(ImageCollator(PixelView((8, 8))), given, 2, dispatched)
+    refuse_dispatched_draws(augmenting, given, 2, False)
+    with contextlib.nullcontext() if works else pytest.raises(ValueError, match="'dispatch_batches': False"):
+        refuse_dispatched_draws(augmenting, given, 2, dispatched)
+
+
+def test_rows_that_fill_no_batch_are_refused(tmp_path):
+    """The stock Trainer ends after 0 steps, and the untrained student is saved and scored as if it were trained."""
+    settings = arguments(tmp_path, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="3 rows, a batch 4"):
+        DistillationTrainer(vit(), settings, ImageCollator(PixelView((8, 8))), pictures(3)).train()
+
+
+def test_a_cache_of_another_normalisation_is_refused(tmp_path):
+    """Answers to pictures in other colours or of another size would be handed back as this teacher's."""
+    rows = pictures()
+    cache_teacher(rows, vit(1), tmp_path / "cache", collator=ImageCollator(PixelView((8, 8))))
+    with pytest.raises(ValueError, match="the size and normalisation of the images"):
+        other = ImageCollator(PixelView((8, 8), mean=(0.5, 0.5, 0.5)))
+        cache_teacher(rows, vit(1), tmp_path / "cache", collator=other)
+    again = cache_teacher(rows, vit(1), tmp_path / "cache", collator=ImageCollator(PixelView((8, 8))))
+    assert "teacher_logits" in again.column_names
+
+
 def test_a_cache_of_plain_images_serves_plain_training_only(tmp_path):
     """Cached answers about the upright picture, given for the flipped one, are wrong without a sign."""
     rows, plain = pictures(), ImageCollator(PixelView((8, 8)))
@@ -323,6 +503,9 @@ def test_learned_values_are_saved_and_resumed(tmp_path):
     trainer = DistillationTrainer(vit(), settings, collator, rows, teacher=vit(1), objective=fresh)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert fresh.weight_.tolist() == [0.25, 0.5]
+    with pytest.raises(ValueError, match="weight_, which KD does not learn: the checkpoint is of another objective"):
+        other = DistillationTrainer(vit(), settings, collator, rows, teacher=vit(1), objective=KD())
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_milestones_are_those_of_the_papers(tmp_path):

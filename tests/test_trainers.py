@@ -7,12 +7,12 @@ import datasets
 import pytest
 import torch
 import transformers
-from rounds_run import classifier_trainer, rounds_trainer, start_model
 from safetensors.torch import load_file
 
 from hfkd import DistillationTrainer, ModelTeacher, SelfDistill, SelfDistillationTrainer
 from hfkd.objectives import MaskedLM
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
+from rounds_run import classifier_trainer, rounds_trainer, start_model
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rounds_run import DISTILLED, classifier_trainer, distilled_trainer, rounds_trainer
 
 pytestmark = pytest.mark.launch

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import datasets
-import image_hub
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
+import image_hub
 from hfkd.models.two_view import two_view_model
 from hfkd.models.two_view_mae import ViTMAEForPreTraining
 from hfkd.testing import tiny_roberta_config, tiny_vit_mae_config

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from rounds_run import DISTILLED, classifier_trainer, distilled_trainer, rounds_trainer
 
 

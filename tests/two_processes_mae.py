@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from rounds_run import image_rounds_trainer
 
 RUNS = {

@@ -196,11 +196,14 @@ class Augmentation:
             changed = torch.where(erased, _to(changed, parts["colour"])[:, :, None, None], changed)
         return changed.to(pixels.dtype)
 
-    def mix(self, pixels: Tensor, draws: np.ndarray, labels: Tensor, num_labels: int | None) -> tuple[Tensor, Tensor]:
+    def mix(
+        self, pixels: Tensor, draws: np.ndarray, labels: Tensor | None, num_labels: int | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Mixup or cutmix of every row with the row before it, the first with the last.
 
         pixels (batch, 3, height, width); draws (batch, K); labels (batch,) class ids. Returns pixels and labels (batch,
-        num_labels), float32 probabilities; both unchanged where the augmentation does not mix.
+        num_labels), float32 probabilities; both unchanged where the augmentation does not mix. Without labels (a teacher alone
+        says what is in a picture) the pixels are mixed just the same.
 
         The partner is another row of the same (micro-)batch, so what an example is mixed with, unlike how much, depends
         on the batch it is in. A batch of one is mixed with itself: its pixels stay.
@@ -212,13 +215,13 @@ class Augmentation:
         parts = self._parts(draws, pixels)
         if not self.mixes:
             return pixels, labels
-        own = _one_hot(labels, num_labels)
-        kept, pasted = _to(own, parts["kept"]), _to(own, parts["pasted"])
+        own = None if labels is None else _one_hot(labels, num_labels)
+        kept, pasted = (_to(pixels, parts[name], torch.float32) for name in ("kept", "pasted"))
         everywhere = torch.where(pasted[:, 2:3] * pasted[:, 3:4] > 0, 1.0, kept)  # cutmix keeps all outside its box
         weights = everywhere[:, :, None, None].masked_fill(_inside(pasted, *pixels.shape[2:]), 0.0)
         # lerp, as it gives exactly the same back where both sides are the same
         mixed = torch.lerp(pixels.roll(1, 0), pixels, weights.to(pixels.dtype))
-        return mixed, torch.lerp(own.roll(1, 0), own, kept)
+        return mixed, None if own is None else torch.lerp(own.roll(1, 0), own, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------- boxes

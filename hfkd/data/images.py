@@ -8,6 +8,7 @@ and `example_id` (the row number in the source). `decoded` turns `image` into `p
 from __future__ import annotations
 
 import logging
+import unicodedata
 import uuid
 import warnings
 from collections import Counter
@@ -341,7 +342,9 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
             f"{len(loose)} images lie directly in {folder}, the first is {loose[0].name}: every image belongs in the folder "
             "of its class"
         )
-    files = {path.name: [file for file in sorted(path.rglob("*")) if file.is_file()] for path in _subfolders(folder)}
+    files: dict[str, list[Path]] = {}
+    for path in _subfolders(folder):  # one name may be written in two ways: macOS takes accents apart
+        files.setdefault(unicodedata.normalize("NFC", path.name), []).extend(_files_below(path))
     images = {name: found for name, paths in files.items() if (found := [path for path in paths if _is_image(path)])}
     others = [path for paths in files.values() for path in paths if not _is_image(path)]
     if not images:
@@ -352,6 +355,18 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
     if others:
         logger.warning("%d files below %s are no images, the first is %s", len(others), folder, others[0].name)
     return images
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Sorted; those in hidden folders, such as the copies of .ipynb_checkpoints, do not count."""
+    found = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder).parent)]
+    if unread := [path for path in found if path.is_symlink() and path.is_dir() and not path.name.startswith(".")]:
+        logger.warning("%d links to folders are not followed, the first is %s", len(unread), unread[0])
+    return [path for path in found if not path.is_dir()]  # a broken link too: its image is missing, and shall be missed
+
+
+def _is_hidden(folder: Path) -> bool:
+    return any(part.startswith(".") for part in folder.parts)
 
 
 def _is_image(file: Path) -> bool:
@@ -435,7 +450,10 @@ def _check_columns(dataset: Dataset, split: str, image: str, label: str) -> None
         if column not in dataset.features:
             raise ValueError(f"the {split} split has no column {column!r}: {flag}; columns are {there}")
     if not isinstance(dataset.features[image], Image):
-        raise ValueError(f"the column {image!r} of the {split} split holds {dataset.features[image]}, not images")
+        raise ValueError(
+            f"the column {image!r} of the {split} split holds {dataset.features[image]}, not images: files' bytes become "
+            f"images with cast_column({image!r}, datasets.Image()) before the data set is saved"
+        )
 
 
 def _check_sizes(task: str | None, row: ImageTask, splits: Mapping[str, Dataset]) -> None:

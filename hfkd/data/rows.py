@@ -39,24 +39,40 @@ def lengths_of(dataset: Any, name: str, length_column: str | None = None) -> lis
         return list(dataset[length_column])
     if name in columns:
         return [len(row) for row in dataset.select_columns(name).with_format(None)[name]]
+    row = first_row(dataset)
+    if row is None or name not in row:
+        raise ValueError(
+            f"group_by_length needs a column {name!r} or {length_column!r}, the rows have {sorted(row or ())}: pictures of one "
+            "size have no lengths; set train_sampling_strategy='random'"
+        )
     return [len(row[name]) for row in dataset]  # made on the fly, by a transform
+
+
+def numbered_for(collator: Any, dataset: Any) -> Any:
+    """Numbered rows where the collator draws something for each of them, and elsewhere where numbers cost nothing."""
+    if isinstance(dataset, dict):
+        return {name: numbered_for(collator, part) for name, part in dataset.items()}
+    countable = hasattr(dataset, "column_names") and hasattr(dataset, "__len__")
+    draws = getattr(collator, "view", "plain") != "plain"
+    return with_example_ids(dataset) if draws or countable else dataset
 
 
 def with_example_ids(dataset: Any) -> Any:
     """Rows numbered where they are not: keyed randomness needs a name for every example.
 
-    Raises TypeError for rows that cannot be numbered (a torch data set without `example_id`).
+    Raises TypeError for rows that cannot be numbered (a torch data set or a stream without `example_id`).
     """
     if dataset is None or isinstance(dataset, str):
         return dataset
     if isinstance(dataset, dict):
         return {name: with_example_ids(part) for name, part in dataset.items()}
-    if hasattr(dataset, "column_names"):
-        ready = "example_id" in (dataset.column_names or [])
+    if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+        ready = "example_id" in dataset.column_names
         return dataset if ready else dataset.add_column("example_id", list(range(len(dataset))))
-    if hasattr(dataset, "__len__") and "example_id" not in dataset[0]:
+    row = first_row(dataset)
+    if hasattr(row, "keys") and "example_id" not in row:
         raise TypeError(
-            f"rows of {type(dataset).__name__} need an `example_id` (the row number), which keys their random masks: add it, "
-            "or pass a datasets.Dataset, where it is added for you"
+            f"rows of {type(dataset).__name__} need an `example_id` (the row number), which keys what is drawn for them: add "
+            "it, or pass a datasets.Dataset, where it is added for you"
         )
     return dataset

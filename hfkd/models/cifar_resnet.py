@@ -202,7 +202,7 @@ class CifarResNetModel(CifarResNetPreTrainedModel):
                 f"pixel_values have {pixel_values.shape[1]} channels, the network takes {self.config.num_channels}: set "
                 "num_channels in its configuration, or convert the images"
             )
-        maps = [self.stem(pixel_values)]
+        maps = [self.stem(pixel_values.to(self.dtype))]  # as transformers' ViT: images come in float32
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         last = maps[-1] if self.normalization is None else F.relu(self.normalization(maps[-1]))

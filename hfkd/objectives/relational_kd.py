@@ -30,7 +30,7 @@ class RelationalKD(FeatureDistillation):
 
     feature: "cls", the first token (padding, where a tokenizer pads on the left), or "mean", over tokens, of the last
     hidden state, (batch, tokens, hidden); or "logits", (batch, num_labels). Raises ValueError for a weight that is
-    negative or not finite and for token heads with "logits".
+    negative or not finite, for token heads with "logits", and for feature maps of convolutions without.
     """
 
     paper = "1904.05068"
@@ -71,6 +71,11 @@ class RelationalKD(FeatureDistillation):
             return at_least_float32(output.logits)
         advice = "use a model that returns them, or feature='logits'"
         last = at_least_float32(entries_of(output, "hidden_states", whose, advice)[-1])
+        if last.dim() != 3:
+            raise ValueError(
+                f"feature={self.feature!r} needs hidden states (batch, tokens, hidden), the {whose} answered "
+                f"{tuple(last.shape)}, as networks of convolutions do: {advice}"
+            )
         view = "teacher_" if whose == "teacher" else ""  # two tokenizers are two masks
         return last[:, 0] if self.feature == "cls" else masked_mean(last, token_mask(batch, last, view))
 

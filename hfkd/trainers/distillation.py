@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ModelOutput
 
 from hfkd.data.collate import KeyedCollator
-from hfkd.data.rows import label_of_first_row, lengths_of, problem_type_of_label, with_example_ids
+from hfkd.data.rows import label_of_first_row, lengths_of, numbered_for, problem_type_of_label
 from hfkd.data.sampler import KeyedLengthSampler
 from hfkd.functional import labelled_units
 from hfkd.objectives.cross_entropy import CrossEntropy
@@ -27,7 +27,7 @@ from hfkd.teachers import ModelTeacher, Teacher
 from hfkd.trainers.arguments import DistillationArguments, objective_of_other_arguments
 from hfkd.trainers.checkpoints import last_whole_checkpoint, load_renamed_weights, mark_whole
 from hfkd.trainers.equipment import equip, holds_attached, load_learned, save_learned, without_attached
-from hfkd.trainers.inputs import collator_of, show_teacher
+from hfkd.trainers.inputs import collator_of, refuse_dispatched_draws, show_teacher
 from hfkd.trainers.schedule import milestone_scheduler
 from hfkd.trainers.teacher_check import (
     SLICE,
@@ -38,6 +38,7 @@ from hfkd.trainers.teacher_check import (
     refuse_other_problem,
     refuse_other_shapes,
     refuse_stale_view,
+    refuse_too_few_rows,
     refuse_wrong_view,
     report,
     score,
@@ -57,10 +58,16 @@ class _PlaceKeyed(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
+        self.epoch = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Counted: over a stream `state.epoch` is still below 1 when the second pass begins
         for keyed in self.trainer.keyed:
-            keyed.set_position(round=self.trainer.round, epoch=int(state.epoch or 0))
+            keyed.set_position(round=self.trainer.round, epoch=self.epoch)
+        self.epoch += 1
 
 
 class DistillationTrainer(TermTrainer):
@@ -161,6 +168,8 @@ class DistillationTrainer(TermTrainer):
         self._objective_from_arguments = objective is None
         objective = objective or self._objective_of_arguments(teacher is not None)
         self._set_keyed_collator(numbered=teacher is not None)
+        processes, dispatched = self.accelerator.num_processes, self.accelerator.dispatch_batches
+        refuse_dispatched_draws(self.data_collator, self.train_dataset, processes, dispatched)
         self._set_objective(objective, teacher)
 
     # ---- set-up ----
@@ -179,11 +188,11 @@ class DistillationTrainer(TermTrainer):
         self.add_callback(_PlaceKeyed(self))
         if isinstance(self.data_collator, KeyedCollator):
             self.keyed.append(self.data_collator)
-        elif not numbered or not all(hasattr(self.train_dataset, name) for name in ("column_names", "__len__")):
-            return  # numbers are a must for keyed randomness, and otherwise a name for rows with a bad teacher's answer
-        self.train_dataset = with_example_ids(self.train_dataset)
-        if self.keyed:
-            self.eval_dataset = with_example_ids(self.eval_dataset)
+            self.eval_dataset = numbered_for(self._eval_collator, self.eval_dataset)
+        if (
+            self.keyed or numbered
+        ):  # numbers are a must for keyed randomness, and else a name for a bad teacher's answer
+            self.train_dataset = numbered_for(self.data_collator, self.train_dataset)
 
     def _set_objective(self, objective: Objective, teacher: Teacher | nn.Module | str | Path | None) -> None:
         if "teacher" in objective.needs and teacher is None:
@@ -247,15 +256,13 @@ class DistillationTrainer(TermTrainer):
 
     def _refuse_wrong_inputs(self, teacher: Teacher) -> None:
         refuse_stale_view(teacher, self.data_collator)
-        rows, token_by_token = self.train_dataset, self._objective.token_by_token
-        if "teacher" not in self._objective.needs or not all(
-            hasattr(rows, name) for name in ("column_names", "__len__")
-        ):
+        if "teacher" not in self._objective.needs:
             return
+        rows, token_by_token = self.train_dataset, self._objective.token_by_token
         config = getattr(self.model, "config", None)
-        for member in getattr(teacher, "members", [teacher]):
-            if hasattr(member, "model"):
-                refuse_other_pixels(member, self.processing_class, self.data_collator, rows)
+        for member in (one for one in getattr(teacher, "members", [teacher]) if hasattr(one, "model")):
+            refuse_other_pixels(member, self.processing_class, self.data_collator, rows)
+            if all(hasattr(rows, name) for name in ("column_names", "__len__")):
                 refuse_wrong_view(member, self.processing_class, self.data_collator, rows, config, token_by_token)
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -348,7 +355,9 @@ class DistillationTrainer(TermTrainer):
         # Prefetching workers of the training loader share the training collator's position: never move that one
         train_collator, self.data_collator = self.data_collator, self._eval_collator
         try:
-            return build(with_example_ids(dataset) if isinstance(train_collator, KeyedCollator) else dataset)
+            return build(
+                numbered_for(self.data_collator, dataset) if isinstance(train_collator, KeyedCollator) else dataset
+            )
         finally:
             self.data_collator = train_collator
 
@@ -472,8 +481,7 @@ class DistillationTrainer(TermTrainer):
             resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
-        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
-            raise ValueError("train_dataset has no rows: nothing to learn from (were all of them filtered out?)")
+        refuse_too_few_rows(self.train_dataset, self.args)
         self._term_sums = {}
         self.teacher_scores = None
         try:

@@ -63,7 +63,8 @@ def save_learned(objective: Objective, directory: str | Path) -> None:
 
 
 def load_learned(objective: Objective, directory: str | Path) -> None:
-    """Raises FileNotFoundError when the objective learns something and the checkpoint has none of it."""
+    """Raises FileNotFoundError when the objective learns something and the checkpoint has none of it, ValueError when the
+    checkpoint holds what another objective learned."""
     path = Path(directory) / FILE
     if not path.is_file():
         if objective.state_dict():
@@ -74,9 +75,15 @@ def load_learned(objective: Objective, directory: str | Path) -> None:
         return
     learned = load_file(path, device="cpu")
     attached = {name: tensor for name, tensor in learned.items() if name.startswith("attached.")}
+    buffers = learned.keys() - attached.keys()
+    if buffers - objective._buffers.keys() or (attached and objective.attached is None):
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(learned))}, which {type(objective).__name__} does not learn: the checkpoint is of "
+            "another objective; start anew, or pass the objective of that run"
+        )
     if objective.attached is not None:
         objective.attached.load_state_dict({name.removeprefix("attached."): t for name, t in attached.items()})
-    for name in learned.keys() - attached.keys():  # an objective that is not fitted yet holds None there
+    for name in buffers:  # an objective that is not fitted yet holds None there
         like = getattr(objective, name)
         setattr(objective, name, learned[name] if like is None else learned[name].to(like.device))
 

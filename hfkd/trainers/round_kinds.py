@@ -15,7 +15,7 @@ from hfkd.data.collate import MaskedLMCollator
 from hfkd.data.masked_images import MaskedImageCollator
 from hfkd.data.pixels import COLUMNS, ImageCollator
 from hfkd.fingerprint import content_hash
-from hfkd.models.two_view_mae import CleanEncoder, count_patches
+from hfkd.models.two_view_mae import CleanEncoder, count_patches, refuse_wrong_patches
 from hfkd.objectives.masked_images import MaskedImages, SelfDistillImages
 from hfkd.objectives.objective import Objective
 from hfkd.objectives.self_distill import MaskedLM, SelfDistill
@@ -110,6 +110,7 @@ def _check_images(args: Any, objective: Any, collator: Any, config: Any, rows: A
             f"{type(collator).__name__} draws no patches to hide: leave data_collator out, or pass "
             "hfkd.data.masked_images.MaskedImageCollator"
         )
+    refuse_wrong_patches(config)  # it may have been changed since the model was made
     size, wanted = collator.student_view.size, (config.image_size, config.image_size)
     if size != wanted or collator.patches != count_patches(config):
         raise ValueError(

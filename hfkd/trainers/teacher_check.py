@@ -73,15 +73,20 @@ def refuse_wrong_view(
 def refuse_other_pixels(teacher: Any, processing_class: Any, collator: Any, rows: Any) -> None:
     """Two normalisations or sizes need two views of an image. Raises ValueError where the teacher would read the student's."""
     theirs, ours = getattr(teacher, "processing_class", None), getattr(collator, "student_view", None)
-    if ours is None and isinstance(processing_class, BaseImageProcessor) and "pixel_values" in rows.column_names:
+    columns = getattr(rows, "column_names", None) or ()  # a torch data set names none
+    if not isinstance(theirs, BaseImageProcessor) or "teacher_pixel_values" in columns:
+        return
+    if ours is None and isinstance(processing_class, BaseImageProcessor) and "pixel_values" in columns:
         ours = PixelView.of(processing_class)
-    if ours is None or not isinstance(theirs, BaseImageProcessor) or "teacher_pixel_values" in rows.column_names:
+    if ours is None:
         return
     shown, wanted = getattr(collator, "teacher_view", None) or ours, PixelView.of(theirs)
     if shown != wanted:
+        exchanged = "" if shown.bgr == wanted.bgr else ", red and blue exchanged"
         raise ValueError(
             f"the teacher was trained on images of size {wanted.size}, mean {wanted.mean}, std {wanted.std}, and would see "
-            f"{shown.size}, {shown.mean}, {shown.std}: pass data_collator=ImageCollator(processor, teacher.processing_class)"
+            f"{shown.size}, {shown.mean}, {shown.std}{exchanged}: pass data_collator=ImageCollator(processor, "
+            "teacher.processing_class)"
         )
 
 
@@ -110,6 +115,20 @@ def refuse_stale_view(teacher: Any, collator: Any) -> None:
             f"the teacher's answers were cached for the view {cached!r}, and the collator makes {view!r}: random masks and "
             "augmentation change the input, so its cached answer would be wrong; use the collator of the cache, or a "
             "ModelTeacher"
+        )
+
+
+def refuse_too_few_rows(rows: Any, args: Any) -> None:
+    """Raises ValueError where there would be no batch: the stock Trainer ends after 0 steps and saves what it was given."""
+    if not hasattr(rows, "__len__"):
+        return
+    if not len(rows):
+        raise ValueError("train_dataset has no rows: nothing to learn from (were all of them filtered out?)")
+    batch = args.train_batch_size
+    if args.dataloader_drop_last and len(rows) < batch:
+        raise ValueError(
+            f"train_dataset has {len(rows)} rows, a batch {batch}, and dataloader_drop_last leaves out what fills none: nothing "
+            "would be learned; set it to False, or take smaller batches"
         )
 
 

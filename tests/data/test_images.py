@@ -12,13 +12,13 @@ import numpy as np
 import PIL
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from image_hub import DECLARED, class_names, labels, load, pictures, stored
 from PIL import Image as Picture
 
 from hfkd.data.images import IMAGE_TASKS, as_rgb, decoded, load_images, verify_images
 from hfkd.data.pixels import PixelView
 from hfkd.data.rows import with_example_ids
 from hfkd.data.splits import load_indices, save_indices
+from image_hub import DECLARED, class_names, labels, load, pictures, stored
 
 HUB_TASKS = [task for task, row in IMAGE_TASKS.items() if row.path]
 FOLDER_TASKS = [task for task, row in IMAGE_TASKS.items() if not row.path and not row.embedded]
@@ -315,6 +315,37 @@ def test_a_class_folder_without_images_does_not_count(tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match=r"none are missing, \['cow'\] are unknown to train"):
         load_images(data_dir=tmp_path)
+
+
+def test_copies_in_hidden_folders_do_not_count(tmp_path):
+    """.ipynb_checkpoints holds a second copy of an image: one in train and one in test make the test score a lie."""
+    _write(tmp_path, ["a", "b"])
+    _write(tmp_path / "a" / ".ipynb_checkpoints", ["more"])
+    splits = load_images(data_dir=tmp_path, validation_share=0)
+    assert sum(len(dataset) for dataset in splits.values()) == 8
+
+
+def test_links_to_folders_are_named_and_lost_images_are_missed(tmp_path, caplog):
+    """Images behind a link that is not followed, or that points nowhere, are gone from the data without a word."""
+    _write(tmp_path / "data", ["a", "b"])
+    _write(tmp_path / "elsewhere", ["c"])
+    (tmp_path / "data" / "c").symlink_to(tmp_path / "elsewhere" / "c")  # a whole class is read
+    (tmp_path / "data" / "a" / "more").symlink_to(tmp_path / "elsewhere" / "c")
+    (tmp_path / "data" / "b" / "lost.png").symlink_to(tmp_path / "unmounted.png")
+    splits = load_images(data_dir=tmp_path / "data")
+    assert splits["train"].features["label"].names == ["a", "b", "c"]
+    assert sum(len(dataset) for dataset in splits.values()) == 13
+    assert "1 links to folders are not followed" in caplog.text
+    with pytest.raises(ValueError, match=r"lost.png.*no such file"):
+        verify_images(splits)
+
+
+def test_accents_may_be_written_in_two_ways(tmp_path):
+    """A test folder that went through a Mac has the same class names in other bytes, and the error shows no difference."""
+    _write(tmp_path / "train", ["caf\u00e9", "b"])
+    _write(tmp_path / "test", ["cafe\u0301", "b"])
+    splits = load_images(data_dir=tmp_path)
+    assert splits["test"].features["label"].names == ["b", "caf\u00e9"] and len(splits["test"]) == 8
 
 
 def test_folders_that_cannot_be_used(tmp_path, caplog):
