@@ -103,8 +103,10 @@ class ModelTeacher(Teacher):
             logger.info(f"teacher in {own}, its own: no fast bfloat16 on {torch.device(device).type} (dtype='auto')")
 
     def respond(self, batch: Batch, progress: Progress | None = None) -> TeacherOutput:
+        if self.model.training:  # asked first: eval() walks through hundreds of modules, and this runs in every step
+            self.model.eval()
         with query_key_value_answered(self.model, "qkv" in self.needs):
-            answer = ask(self.model.eval(), inputs_of(batch, self._inputs, self.view), self.needs)
+            answer = ask(self.model, inputs_of(batch, self._inputs, self.view), self.needs)
         return on_students_tokens(answer, batch.get(f"{self.view}positions"))
 
     def to(self, device: torch.device | str) -> Self:
