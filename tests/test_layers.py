@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "fingerprint": (),
     "records": (),
     "regularized": ("functional", "outputs", "objectives"),
-    "diagnostics": ("functional",),
+    "diagnostics": ("functional", "outputs", "teachers", "fingerprint", "data.collate", "data.pixels"),
     "testing": EVERYTHING,
     "trainers": (
         *("objectives", "teachers", "hub", "outputs", "functional", "models.projections", "models.two_view_mae"),
