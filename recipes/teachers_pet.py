@@ -1,7 +1,7 @@
 """Teacher's pet: who pays for the average of a distilled student (Lukasik et al. 2022, arXiv 2106.10494), and two remedies.
 
     accelerate launch recipes/teachers_pet.py                     # embedded long-tailed digits, no network, 8 minutes or less
-    accelerate launch recipes/teachers_pet.py --profile study     # 5 seeds, 5 temperatures, 30 minutes or less on one core
+    accelerate launch recipes/teachers_pet.py --profile study     # 5 seeds, 5 temperatures, 40 minutes on one core
     accelerate launch recipes/teachers_pet.py --methods kd ada_margin ada_margin:variant=ldam ada_margin:variant=gamma_additive
     accelerate launch recipes/teachers_pet.py --config recipes/configs/teachers_pet_cifar100_lt.yaml    # a paper's setting
 
