@@ -1,6 +1,6 @@
 """Further pre-train a ViT-MAE on your images, distil it from itself in rounds, fine-tune every stage, compare.
 
-    accelerate launch recipes/self_distill_vit.py                         # embedded digits and start, no network, 5 minutes or less
+    accelerate launch recipes/self_distill_vit.py                         # embedded digits and start, no network, 5 minutes
     accelerate launch recipes/self_distill_vit.py --profile study         # the tables of recipes/README.md, 30 minutes
     accelerate launch recipes/self_distill_vit.py --data_dir my_images    # the paper's setting, from facebook/vit-mae-base
     accelerate launch recipes/self_distill_vit.py --config recipes/configs/self_distill_vit_cifar100.yaml   # low-resource curve
