@@ -196,7 +196,9 @@ def step(arguments: argparse.Namespace, rows: Any, folder: Path) -> dict[str, fl
         with torch.no_grad():
             answer = teacher(batch["pixel_values"]).logits
         logits = model(batch["pixel_values"]).logits
-        divergence = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(answer, -1), log_target=True, reduction="batchmean")
+        divergence = F.kl_div(
+            F.log_softmax(logits, -1), F.log_softmax(answer, -1), log_target=True, reduction="batchmean"
+        )
         return (F.cross_entropy(logits, batch["labels"]) + divergence) / 2
 
     sides: Sides = {
