@@ -25,7 +25,7 @@ from transformers.utils import logging
 from hfkd.fingerprint import content_hash, is_list, list_lengths, one_array, processing_hash
 from hfkd.outputs import Progress, TeacherOutput
 from hfkd.records import file_hash, read_json, weights_hash, write_json
-from hfkd.teachers import ModelTeacher, Teacher
+from hfkd.teachers import CachedTeacher, EnsembleTeacher, ModelTeacher, Teacher
 from hfkd.teachers.asking import answers_classes
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def cache_teacher(
 
     Raises TypeError for anything but one Dataset, and ValueError for an empty one, for answers that are NaN, infinite or
     too large for `dtype`, for inputs that are random, and for a directory that holds another teacher's cache, finished or
-    not, or anything else.
+    not, or anything else, and for an ensemble that votes or draws: `cache_members` is for it.
     """
     from datasets import Dataset
 
@@ -87,6 +87,7 @@ def cache_teacher(
     teacher = teacher if isinstance(teacher, Teacher) else ModelTeacher(teacher)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"cache_teacher takes one datasets.Dataset, got {type(dataset).__name__}: give one split of it")
+    _refuse_labels(teacher)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not len(dataset):
@@ -114,6 +115,36 @@ def cache_teacher(
                     chunks = _write_chunks(folder, inputs, answer, batch_size, dtype)
                     _assemble(folder, chunks, directory, expected)
     return _attach(dataset, directory)
+
+
+def cache_members(
+    dataset: Dataset,
+    members: Sequence[Teacher | nn.Module | str | Path],
+    directory: str | Path,
+    **settings: Any,
+) -> tuple[Dataset, list[CachedTeacher]]:
+    """Ask each member of an ensemble about every row once; returns the data set with all answers, and who gives them.
+
+        teacher_logits_0, teacher_logits_1, ...    as `teacher_logits` of `cache_teacher`, one column a member
+
+    Votes and draws are made on the fly from members' logits, `EnsembleTeacher(cached, "sample")`, so that every epoch has
+    its own draws, and so that one cache serves every combination and any number of members (`cached[:2]`).
+
+    Each member has a cache of its own, directory/member-N, by `cache_teacher` with these settings: a call that was killed
+    goes on where it was. float16, the default, changes the label of an example whose two best classes are as close as
+    one part in a thousand: pass dtype="float32" where runs are to equal those with models to the label.
+
+    Raises ValueError without members, for columns that are there already, and what `cache_teacher` raises.
+    """
+    if not members:
+        raise ValueError("an ensemble needs at least one member, got none to cache")
+    attached, cached = dataset, []
+    for number, member in enumerate(members):
+        folder = Path(directory) / f"member-{number}"
+        cache_teacher(dataset, member, folder, **settings)
+        attached = _attach(attached, folder, f"_{number}")
+        cached.append(CachedTeacher(f"{COLUMNS['logits']}_{number}", cache=folder))
+    return attached, cached
 
 
 def load_cache(
@@ -174,6 +205,16 @@ def verify_cache(
 
 
 # ---- what the answers depend on ----
+
+
+def _refuse_labels(teacher: Teacher) -> None:
+    combine = teacher.combine if isinstance(teacher, EnsembleTeacher) else None
+    if combine in ("vote", "sample"):
+        raise ValueError(
+            f"an ensemble with combine={combine!r} is not cached: votes or draws are labels, and draws would be one epoch's for "
+            "ever. cache_members(dataset, members, directory) keeps each member's logits, and "
+            f"EnsembleTeacher(cached, {combine!r}) makes labels of them on the fly"
+        )
 
 
 def _about_teacher(teacher: Teacher) -> dict[str, Any]:
@@ -584,10 +625,14 @@ def _load(directory: Path) -> Dataset:
     return Dataset.load_from_disk(str(directory))
 
 
-def _attach(dataset: Dataset, directory: Path) -> Dataset:
+def _attach(dataset: Dataset, directory: Path, ending: str = "") -> Dataset:
     from datasets import concatenate_datasets
 
     answers = _load(directory).remove_columns("example_id")
+    if ending:
+        answers = answers.rename_columns({name: f"{name}{ending}" for name in answers.column_names})
+        if present := sorted(set(answers.column_names) & set(dataset.column_names)):
+            raise ValueError(f"the data set has {', '.join(present)} already: remove_columns({present}) first")
     attached = concatenate_datasets([dataset.with_format(None), answers], axis=1)
     if dataset.format["type"] is None:
         return attached

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hfkd import cache
-from hfkd.cache import cache_teacher, load_cache, verify_cache
+from hfkd.cache import cache_members, cache_teacher, load_cache, verify_cache
 from hfkd.data.collate import KeyedCollator
 from hfkd.fingerprint import content_hash, processing_hash
 from hfkd.outputs import TeacherOutput
@@ -709,3 +709,70 @@ def test_several_processes_make_one_cache(tmp_path):
     assert all(process.returncode == 0 for process in processes), outputs
     assert sorted(sum(map(int, out.split())) for out, _ in outputs) == [0, 200]
     assert len(load_cache(tmp_path / "cache", rows(200))) == 200
+
+
+# ---- members of an ensemble ----
+
+
+@pytest.mark.parametrize("combine", ["mean", "logits", "vote", "sample"])
+def test_an_ensemble_of_cached_members_answers_as_the_members_do(tmp_path, chunks_of_16, combine):
+    """Members' columns exchanged, or one attached twice, still make an ensemble, of other teachers."""
+    members, dataset = [classifier() for _ in range(3)], rows()
+    attached, cached = cache_members(dataset, members, tmp_path / "pool", dtype="float32", batch_size=8)
+    added = [f"teacher_logits_{number}" for number in range(3)]
+    assert attached.column_names == [*dataset.column_names, *added] and attached["label"] == dataset["label"]
+    for name, member in zip(added, members, strict=True):
+        assert np.allclose(attached[name], directly(member, dataset), atol=1e-5)
+    batch = DataCollatorWithPadding(tiny_tokenizer())([attached[i] for i in (3, 0, 31, 49)])
+    for count in (1, 3):  # fewer members of the same cache
+        expected = EnsembleTeacher(members[:count], combine)(batch)
+        teacher = EnsembleTeacher(cached[:count], combine)
+        assert set(added[:count]) <= set(teacher.columns)
+        answer = teacher(batch)
+        if answer.logits is None:
+            assert torch.equal(answer.labels, expected.labels)
+        else:
+            assert torch.allclose(answer.logits, expected.logits, atol=1e-5)
+
+
+def test_members_that_were_asked_are_not_asked_again(tmp_path):
+    """A killed call that starts anew asks ten teachers about five million rows twice."""
+    members, dataset = [classifier() for _ in range(2)], rows(20)
+    cache_members(dataset, members[:1], tmp_path)
+    written = (tmp_path / "member-0" / "manifest.json").stat().st_mtime_ns
+    asked = []
+    for member in members:
+        member.register_forward_hook(lambda module, *_: asked.append(module))
+    attached, _ = cache_members(dataset, members, tmp_path)
+    assert set(asked) == {members[1]} and "teacher_logits_1" in attached.column_names
+    assert (tmp_path / "member-0" / "manifest.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="the teacher's weights"):
+        cache_members(dataset, members[::-1], tmp_path)
+    with pytest.raises(ValueError, match="teacher_logits_0 already"):
+        cache_members(attached, members, tmp_path)
+    with pytest.raises(ValueError, match="at least one member"):
+        cache_members(dataset, [], tmp_path)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("combine", ["vote", "sample"])
+def test_votes_and_draws_are_not_cached_as_they_are(tmp_path, combine, soft):
+    """Draws of one epoch, kept for all of them: RPL would silently become one fixed noisy label an example."""
+    teacher = EnsembleTeacher([classifier()], combine, soft=soft)
+    with pytest.raises(ValueError, match=f"cache_members.*'{combine}'"):
+        cache_teacher(rows(4), teacher, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_members_classes_are_matched_from_the_cache(tmp_path):
+    """Two members that number their classes differently, averaged by number, know nothing."""
+    names = [["a", "b", "c"], ["c", "a", "b"]]
+    members = [classifier(id2label=dict(enumerate(n)), label2id={x: i for i, x in enumerate(n)}) for n in names]
+    attached, cached = cache_members(rows(12), members, tmp_path, dtype="float32")
+    batch = DataCollatorWithPadding(tiny_tokenizer())([attached[i] for i in range(12)])
+    online = EnsembleTeacher(members)(batch).logits
+    assert torch.allclose(EnsembleTeacher(cached)(batch).logits, online, atol=1e-5)
+    other = classifier(id2label={0: "joy", 1: "anger", 2: "fear"}, label2id={"joy": 0, "anger": 1, "fear": 2})
+    _, strangers = cache_members(rows(12), [members[0], other], tmp_path / "other")
+    with pytest.raises(ValueError, match="members do not match.*joy"):
+        EnsembleTeacher(strangers, "vote")

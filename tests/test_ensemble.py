@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -12,8 +14,8 @@ from torch import Tensor
 from transformers import RobertaForSequenceClassification, RobertaForTokenClassification, RobertaModel
 
 from hfkd.outputs import Progress, TeacherOutput
-from hfkd.teachers import EnsembleTeacher, ModelTeacher, Teacher
-from hfkd.teachers.ensemble import keyed_choice, voted
+from hfkd.teachers import CachedTeacher, EnsembleTeacher, ModelTeacher, Teacher
+from hfkd.teachers.ensemble import combine_answers, drawn_of_step, keyed_choice, voted
 from hfkd.testing import check_teacher, tiny_roberta_config
 
 
@@ -236,6 +238,187 @@ def test_draws_need_example_ids():
     del batch["example_id"]
     with pytest.raises(ValueError, match="example_id.*input_ids"):
         teacher(batch)
+
+
+# ---- one member for a whole step ----
+
+
+def test_draws_by_batch_ask_one_member_for_the_whole_step():
+    """Asking all members to use one makes RPL as expensive as EPL, and a draw for each micro-batch depends on their size."""
+    asked = []
+
+    class Asked(Says):
+        def respond(self, batch, progress=None):
+            asked.append(self.columns[0])
+            return super().respond(batch, progress)
+
+    teacher = EnsembleTeacher([Asked(f"member_{i}") for i in range(4)], "sample", draw="batch")
+    batch = {f"member_{i}": torch.eye(4)[i].expand(7, 4) for i in range(4)}  # no example_id
+    seen = []
+    for step in range(40):
+        answers = {
+            int(label) for part in range(2) for label in teacher(batch, Progress(step, epoch=part, seed=3)).labels
+        }
+        assert len(answers) == 1 and set(asked) == {f"member_{i}" for i in answers}
+        seen += answers
+        asked.clear()
+    assert set(seen) == {0, 1, 2, 3} and "example_id" not in teacher.columns
+    assert teacher.reads([*batch, "example_id"]) == tuple(sorted(batch))
+    assert teacher.facts()["draw"] == "batch"
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_draws_by_batch_are_uniform_and_fresh(count):
+    """A member that leads more steps than the others is most of the teacher; one order for all seeds is one experiment."""
+    runs = [
+        torch.tensor([drawn_of_step(Progress(step, seed=s, round=r), count) for step in range(20_000)])
+        for s, r in ((0, 0), (1, 0), (0, 1))
+    ]
+    for draws in runs:
+        assert chisquare(torch.bincount(draws, minlength=count).numpy()).pvalue > 1e-4
+        pairs = draws[:-1] * count + draws[1:]
+        assert chisquare(torch.bincount(pairs, minlength=count**2).numpy()).pvalue > 1e-4
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        pairs = runs[i] * count + runs[j]
+        assert chisquare(torch.bincount(pairs, minlength=count**2).numpy()).pvalue > 1e-4
+
+
+def test_an_unknown_or_useless_draw_is_refused():
+    """An option that is ignored without a word is an experiment that never happened."""
+    with pytest.raises(ValueError, match="example, batch, got 'step'"):
+        EnsembleTeacher([classifier()], "sample", draw="step")
+    for ask in (lambda: EnsembleTeacher([classifier()], "vote", draw="batch"), lambda: saved("vote", draw="batch")):
+        with pytest.raises(ValueError, match="combine='vote' draws nothing"):
+            ask()
+
+
+# ---- soft answers ----
+
+
+def test_soft_votes_are_what_draws_are_on_average():
+    """The link between EPL and RPL: were shares not the draws' frequencies, soft labels would be of another ensemble."""
+    logits = torch.randn(5, 1000, 4, dtype=torch.float64)
+    teacher, batch = three(logits, "vote")
+    shares = EnsembleTeacher(teacher.members, "vote", soft=True)(batch).labels
+    for row in range(1000):
+        votes = Counter(logits[:, row].argmax(-1).tolist())
+        assert shares[row].tolist() == pytest.approx([votes[c] / 5 for c in range(4)], rel=1e-15)
+    drawn, batch["example_id"] = EnsembleTeacher(teacher.members, "sample"), torch.arange(1000)
+    epochs = torch.stack([drawn(batch, Progress(epoch=epoch)).labels for epoch in range(400)])
+    frequencies = torch.nn.functional.one_hot(epochs, 4).double().mean(0)
+    deviations = (frequencies - shares) / (shares * (1 - shares) / 400).sqrt().clamp(min=1e-9)
+    assert float(deviations.abs().max()) < 5.5
+    assert float(deviations[(shares > 0) & (shares < 1)].std()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_soft_draw_is_the_drawn_members_logits():
+    """Soft labels of a mean under the name of a draw are EPL."""
+    logits = torch.randn(3, 50, 4)
+    teacher, batch = three(logits, "sample")
+    batch["example_id"] = torch.arange(50) * 7
+    hard, progress = teacher(batch, Progress(epoch=2)), Progress(epoch=2)
+    answer = EnsembleTeacher(teacher.members, "sample", soft=True)(batch, progress)
+    chosen = keyed_choice(batch["example_id"], progress, 3)
+    assert answer.labels is None and torch.equal(answer.logits.argmax(-1), hard.labels)
+    assert all(torch.equal(answer.logits[i], logits[int(chosen[i]), i]) for i in range(50))
+
+
+# ---- saved logits: test-time ensembling ----
+
+
+def saved(combine, logits=None, **settings):
+    return combine_answers(torch.randn(3, 6, 4) if logits is None else logits, combine, **settings)
+
+
+@pytest.mark.parametrize("combine", ["mean", "logits", "vote", "sample"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_saved_logits_are_combined_as_the_teacher_combines(combine, soft):
+    """The test-time ensemble beside EPL in a table must be the very ensemble that the student learned from."""
+    members = [classifier() for _ in range(3)]
+    batch, progress = batch_of(40), Progress(step=3, epoch=1.2, seed=5)
+    logits = torch.stack([ModelTeacher(member)(batch).logits for member in members])
+    for draw in ("example", "batch") if combine == "sample" else ("example",):
+        expected = EnsembleTeacher(members, combine, draw=draw, soft=soft)(batch, progress)
+        for given in (logits, list(logits), logits.numpy()):
+            answer = saved(combine, given, example_ids=batch["example_id"], progress=progress, draw=draw, soft=soft)
+            for name in ("logits", "labels"):
+                one, other = getattr(answer, name), getattr(expected, name)
+                assert (one is None) == (other is None) and (one is None or torch.equal(one, other)), name
+
+
+def test_saved_sigmoids_are_averaged_too():
+    """A multi-label test-time ensemble by softmax reports worse figures than its members."""
+    logits = torch.randn(3, 6, 4, dtype=torch.float64)
+    answer = saved("mean", logits, problem_type="multi_label_classification")
+    assert torch.allclose(answer.logits.sigmoid(), logits.sigmoid().mean(0), atol=1e-12)
+    with pytest.raises(ValueError, match="one class an example, this is regression"):
+        saved("vote", logits, problem_type="regression")
+
+
+def test_saved_logits_of_other_rows_are_refused():
+    """Members whose logits lie in another order of rows still vote, about different examples."""
+    ids = torch.arange(6) + 10
+    answer = saved("sample", torch.ones(3, 6, 4), example_ids=torch.stack([ids] * 3))
+    assert answer.labels.shape == (6,)
+    for other in (torch.stack([ids, ids, ids[[0, 2, 1, 3, 4, 5]]]), np.stack([ids, ids, ids[[0, 2, 1, 3, 4, 5]]])):
+        with pytest.raises(ValueError, match="row 1 is example 12 of member 2 and 11 of member 0"):
+            saved("vote", example_ids=other)
+    with pytest.raises(ValueError, match=r"example_ids are \(2, 6\), the logits of 3 members and 6 rows"):
+        saved("vote", example_ids=torch.stack([ids] * 2))
+    with pytest.raises(ValueError, match="pass the ids of the rows"):
+        saved("sample")
+
+
+def test_saved_logits_of_other_shapes_are_refused():
+    """A stack that fails says nothing of who is wrong, and one that broadcasts says nothing at all."""
+    with pytest.raises(ValueError, match=r"member 2 has logits \(6, 5\), member 0 \(6, 4\)"):
+        saved("mean", [torch.randn(6, 4), torch.randn(6, 4), torch.randn(6, 5)])
+    with pytest.raises(ValueError, match=r"member 1 has logits \(1, 4\), member 0 \(6, 4\)"):
+        saved("logits", [torch.randn(6, 4), torch.randn(1, 4)])
+    with pytest.raises(ValueError, match=r"member 0 has logits \(4,\)"):
+        saved("mean", torch.randn(6, 4))  # one member without its dimension
+    for none in ([], torch.zeros(0, 6, 4)):
+        with pytest.raises(ValueError, match="at least one member"):
+            saved("mean", none)
+
+
+@pytest.mark.parametrize("combine", ["mean", "logits", "vote", "sample"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_member_that_answers_nan_is_named(combine, bad):
+    """argmax takes NaN for the largest value: votes and draws would turn it into a class, and every loss stays finite."""
+    logits = torch.randn(3, 6, 4)
+    logits[1, [2, 5], 3] = bad
+    ids = torch.arange(6) * 100
+    with pytest.raises(ValueError, match=r"member 1 are NaN or infinite for examples \[200, 500\] \(2 of 6\)"):
+        saved(combine, logits, example_ids=ids)
+    teacher, batch = three(logits, combine)
+    with pytest.raises(ValueError, match=r"member 1 .* for examples \[200, 500\]"):
+        teacher({**batch, "example_id": ids})
+    if combine != "sample":
+        with pytest.raises(ValueError, match=r"member 1 .* rows of this batch \[2, 5\]"):
+            teacher(batch)
+    else:
+        answered, refused = 0, 0
+        drawn = EnsembleTeacher(teacher.members, "sample", draw="batch")
+        for step in range(30):
+            try:
+                answered += len(drawn(batch, Progress(step=step)).labels) == 6
+            except ValueError as error:
+                refused += "member 1 " in str(error)
+        assert answered + refused == 30 and answered and refused
+
+
+# ---- cached members ----
+
+
+def test_cached_members_carry_the_view_they_were_asked_about():
+    """Plain answers beside augmented images would be learned without a word: the trainer compares views of teachers."""
+    cached = [CachedTeacher("teacher_logits_0"), CachedTeacher("teacher_logits_1")]
+    assert EnsembleTeacher(cached, "vote").view == "plain"
+    assert EnsembleTeacher([classifier()], "vote").view is None
+    cached[1].view = "augmented"
+    with pytest.raises(ValueError, match="augmented, plain"):
+        EnsembleTeacher(cached, "vote")
 
 
 # ---- classes of members ----
