@@ -1,4 +1,5 @@
-"""Splits that hold whole groups or a part of every class out, small stratified subsets, and their indices on disk.
+"""Splits that hold whole groups or a part of every class out, small stratified subsets, rows for the members of an ensemble, and
+their indices on disk.
 
 Seeded and deterministic: the same seed holds out the same groups, whatever the order of the rows.
 """
@@ -143,6 +144,51 @@ def _refuse_one_sided_classes(rows_of: dict[Hashable, list[int]], dev: set[int],
             f"dev rows of {named or 'no class at all'}): drop such classes, or give them more rows; with stratified=False "
             "rare ones are missed by chance"
         )
+
+
+MEMBERS = ("same", "overlapping", "disjoint")
+
+
+def member_rows(
+    count: int, members: int, how: str = "same", share: float | None = None, seed: int = 0
+) -> list[list[int]]:
+    """The row numbers, ascending, that each member of an ensemble is trained on: (members, rows), all of one size.
+
+    how: "same", all rows for everyone, so that members differ by their seeds only; "overlapping", a draw of its own for
+    each; "disjoint", no row for two of them, which the theory of Bad Models Can Be Good Role Models assumes (Rubinstein et
+    al. 2022, arXiv 2203.14649). share: of the rows, for each member; None is a half for overlapping rows and
+    1 / members for disjoint ones, of which up to members - 1 rows stay unused. Not stratified.
+
+    With one seed and one share, the first members of a larger ensemble have the rows of a smaller one.
+    Raises ValueError for another `how`, and for shares and numbers that leave a member without a row.
+    """
+    if how not in MEMBERS:
+        raise ValueError(f"how must be one of {', '.join(MEMBERS)}, got {how!r}")
+    if members < 1 or count < 1:
+        raise ValueError(f"an ensemble needs 1 member and 1 row or more, got {members} members and {count} rows")
+    if how == "same":
+        if share not in (None, 1):
+            raise ValueError(
+                f"share={share} is for overlapping and disjoint rows: 'same' gives every member all of them"
+            )
+        return [list(range(count)) for _ in range(members)]
+    size = _member_size(count, members, how, share)
+    if how == "disjoint":
+        order = np.random.default_rng(seed).permutation(count)
+        return [sorted(order[first : first + size].tolist()) for first in range(0, members * size, size)]
+    draws = [np.random.default_rng([seed, member]) for member in range(members)]
+    return [sorted(draw.choice(count, size, replace=False).tolist()) for draw in draws]
+
+
+def _member_size(count: int, members: int, how: str, share: float | None) -> int:
+    parts = members if how == "disjoint" else 2
+    size = count // parts if share is None else math.floor(share * count + 1e-9)  # 0.29 * 100 is 28.999...
+    most = count // members if how == "disjoint" else count
+    if not 1 <= size <= most:
+        raise ValueError(
+            f"share={share} of {count} rows gives each of {members} {how} members {size}: choose a share that gives 1 to {most}"
+        )
+    return size
 
 
 def save_indices(path: str | Path, **splits: Sequence[int]) -> Path:

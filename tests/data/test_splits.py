@@ -1,13 +1,22 @@
 """Splits: whole groups on one side, every class in a subset, the same rows for the same seed."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfkd.data.splits import dev_split, group_split, load_indices, low_resource_subset, rows_of_classes, save_indices
+from hfkd.data.splits import (
+    dev_split,
+    group_split,
+    load_indices,
+    low_resource_subset,
+    member_rows,
+    rows_of_classes,
+    save_indices,
+)
 
 groups_of_rows = st.lists(st.integers(0, 12).map(lambda number: f"movie-{number}"), min_size=2, max_size=60).filter(
     lambda groups: len(set(groups)) >= 2
@@ -159,6 +168,70 @@ def test_rows_per_class_are_a_stratified_split():
 def test_rows_of_classes_are_all_rows():
     """A row that belongs to no class is in no split."""
     assert rows_of_classes(["b", "a", "b"]) == {"b": [0, 2], "a": [1]}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(1, 60),
+    members=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+    how=st.sampled_from(["overlapping", "disjoint"]),
+)
+def test_members_have_rows_of_their_own_and_equally_many(count, members, seed, how):
+    """A row of two "disjoint" members makes their errors alike, and a member with fewer rows is another teacher."""
+    least = members if how == "disjoint" else 2
+    if count < least:
+        with pytest.raises(ValueError, match=f"share=None of {count} rows gives each of {members} {how} members 0"):
+            member_rows(count, members, how, seed=seed)
+        return
+    rows = member_rows(count, members, how, seed=seed)
+    assert [len(own) for own in rows] == [count // least] * members
+    assert all(own == sorted(set(own)) and set(own) <= set(range(count)) for own in rows)
+    if how == "disjoint":
+        assert len(set().union(*map(set, rows))) == members * (count // members)
+    assert rows == member_rows(count, members, how, seed=seed)
+
+
+def test_members_of_the_same_rows_have_all_of_them():
+    """Members that miss rows without being asked are compared with students that have all."""
+    assert member_rows(4, 3, "same") == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("how", ["overlapping", "disjoint"])
+def test_more_members_leave_the_first_ones_their_rows(how):
+    """Ten teachers resumed from five would otherwise be five teachers of other rows beside five of these."""
+    few, many = (member_rows(90, members, how, share=0.1, seed=3) for members in (5, 10))
+    assert many[:5] == few and len(few[0]) == 9
+    assert few[0] != few[1] and few != member_rows(90, 5, how, share=0.1, seed=4)
+
+
+def test_overlapping_members_share_rows_by_chance():
+    """Draws from one generator without replacement would be disjoint; the same draw for all would be one teacher."""
+    rows = member_rows(2000, 40, "overlapping", share=0.5)
+    common = [len(set(one) & set(other)) for one, other in pairwise(rows)]
+    assert abs(np.mean(common) - 500) < 15  # half of a member's half
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"how": "twice"}, "how must be one of same, overlapping, disjoint, got 'twice'"),
+        ({"members": 0}, "1 member and 1 row or more, got 0 members and 9 rows"),
+        ({"how": "same", "share": 0.5}, "share=0.5 is for overlapping and disjoint rows"),
+        ({"how": "disjoint", "share": 0.5}, "share=0.5 of 9 rows gives each of 3 disjoint members 4: .* 1 to 3"),
+        ({"how": "overlapping", "share": 1.5}, "3 overlapping members 13: .* 1 to 9"),
+        ({"how": "overlapping", "share": 0.01}, "3 overlapping members 0: .* 1 to 9"),
+    ],
+)
+def test_members_that_cannot_be_given_rows_are_an_error(settings, message):
+    """A member without rows, or with another's, is found out after the others have been trained."""
+    with pytest.raises(ValueError, match=message):
+        member_rows(**{"count": 9, "members": 3, **settings})
+
+
+def test_a_share_of_rows_is_what_it_is_on_paper():
+    """0.29 * 100 is 28.999999999999996: one row less than was asked for, and a record that says otherwise."""
+    assert [len(rows) for rows in member_rows(100, 3, "disjoint", share=0.29)] == [29, 29, 29]
 
 
 def test_indices_come_back_as_they_were_saved(tmp_path):
