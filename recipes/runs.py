@@ -23,6 +23,7 @@ from scipy.special import softmax
 from transformers import EvalPrediction, PrinterCallback
 
 from hfkd import DistillationArguments, DistillationTrainer
+from hfkd.data.collate import KeyedCollator
 from hfkd.diagnostics.evaluate_metrics import compute_metrics_for
 from hfkd.diagnostics.metrics import agreement, expected_calibration_error
 from hfkd.objectives import Objective
@@ -164,7 +165,7 @@ class Runs:
         trainer = DistillationTrainer(
             model,
             args,
-            run.view.collator,
+            seeded(run.view.collator, run.seed),
             rows,
             run.view.validation if str(args.eval_strategy.value) != "no" else None,
             processing_class=run.view.processing_class,
@@ -216,6 +217,15 @@ class Runs:
         """The saved logits on the held-out rows, by prefix."""
         found = load_file(self.folder(name, seed) / "logits.safetensors")
         return {key.removesuffix("logits"): values for key, values in found.items()}
+
+
+def seeded(collator: Any, seed: int) -> Any:
+    """Crops, flips and masks of the run's own seed; a collator that draws nothing is returned as it is."""
+    if not isinstance(collator, KeyedCollator):
+        return collator
+    own = copy.copy(collator)
+    own.seed = seed
+    return own
 
 
 def predict(trainer: DistillationTrainer, rows: Any) -> Any:

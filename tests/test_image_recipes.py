@@ -31,6 +31,8 @@ from transformers import (
 )
 
 import image_hub
+from hfkd.data.augment import Augmentation
+from hfkd.data.pixels import ImageCollator, PixelView
 from hfkd.data.splits import load_indices
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -636,3 +638,13 @@ def test_accelerate_launch_and_a_wrong_input(tiny, tmp_path):
     last = wrong.stderr.strip().splitlines()[-1]
     assert wrong.returncode == 1 and last.startswith("distill_image.py: alpha is the weight")
     assert "Traceback" not in wrong.stderr and (tmp_path / "run" / "results.csv").exists()
+
+
+def test_every_seed_draws_crops_of_its_own(recipes):
+    """Seeds that share their crops look more alike than runs are, and the intervals of every table come out too narrow."""
+    seeded = recipes["runs"].seeded
+    augmenting = ImageCollator(PixelView((8, 8)), augmentation=Augmentation(crop="pad", padding=2))
+    rows = [{"image": Image.new("RGB", (8, 8)), "example_id": number} for number in range(8)]
+    draws = [seeded(augmenting, seed)(rows)["draws"] for seed in (0, 1, 1)]
+    assert not np.array_equal(draws[0], draws[1]) and np.array_equal(draws[1], draws[2])
+    assert augmenting.seed == 0
