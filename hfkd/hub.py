@@ -30,6 +30,8 @@ class CardFacts:
     weights), `losses` (name to value), `hash`. `results` holds one dict per table row: `stage`, `metric`, `mean`, and
     any of `std`, `seeds`, `train_loss`, `test_loss`, `gap`, `dataset`; scores are fractions, not percentages. `stage`
     names the row that is this model: only its scores enter the metadata, or a baseline's score would be claimed.
+    `fidelity` is `FidelityReport.to_dict()` of `hfkd.diagnostics.report`, with `figures`, a list of file names beside the
+    card, where there are any.
     """
 
     student: str = ""
@@ -46,6 +48,7 @@ class CardFacts:
     results: list[dict[str, Any]] = field(default_factory=list)
     stage: str = ""
     score_task: str = "text-classification"
+    fidelity: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     citations: list[str] = field(default_factory=lambda: ["2210.02871"])

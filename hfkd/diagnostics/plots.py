@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfkd.diagnostics.logit_logit import LogitLogit, with_interval
 from hfkd.diagnostics.metrics import mean_and_std, paired_difference
 
 if TYPE_CHECKING:
@@ -385,4 +386,205 @@ def curves(lines: Mapping[str, Mapping[float, Sequence[float]]], x_label: str, y
     axes.set_ylabel(y_label)
     axes.set_title(_words(f"{y_label.split(' (')[0]} against {x_label.split(' (')[0]}"))
     axes.legend(frameon=False, fontsize=9)
+    return _write(figure, path)
+
+
+# ---------------------------------------------------------------------------------- where students leave their teachers
+
+
+def logit_logit_grid(grid: Mapping[str, Mapping[str, LogitLogit]], path: PathLike) -> Figure:
+    """One row of logit-logit plots for each name of `grid`, one column for each name in its rows (splits, students).
+
+    Each panel: the examples (X of the teacher, Y of the student; at most 2,000 of them, evenly spread over the rows), their
+    bins' means with the fitted line and its slope, and the dashed line of perfect imitation. Logits have no unit; both axes of
+    a panel have one scale. A row without one of the columns leaves its place empty.
+    """
+    columns = list(dict.fromkeys(name for row in grid.values() for name in row))
+    _need(columns, "logit-logit plots")
+    size = 2.9
+    figure, _ = _figure(1, (size * len(columns) + 0.4, (size + 0.3) * len(grid) + 0.5))
+    figure.clear()
+    panels = figure.subplots(len(grid), len(columns), squeeze=False)
+    for (name, row), places in zip(grid.items(), panels, strict=True):
+        for column, axes in zip(columns, places, strict=True):
+            if column not in row:
+                axes.set_axis_off()
+                continue
+            _logit_logit_panel(axes, row[column])
+            axes.set_title(f"{textwrap.fill(name, 34)}\n{column}", fontsize=9)
+    figure.suptitle("What a student does with its teacher's confidence", fontsize=12)
+    return _write(figure, path)
+
+
+def _logit_logit_panel(axes: Axes, found: LogitLogit) -> None:
+    step = -(-len(found.x) // 2000)
+    low = float(min(found.x.min(), found.y.min()))
+    high = float(max(found.x.max(), found.y.max()))
+    edge = 0.05 * (high - low)
+    axes.scatter(found.x[::step], found.y[::step], s=5, color=_PALETTE[4], alpha=0.5, linewidths=0)
+    axes.axline((low, low), slope=1.0, color="0.3", linewidth=0.9, linestyle="--", label="Y = X")
+    shown = f"slope {with_interval(found.slope, found.slope_interval)}"
+    ends = [float(found.x.min()), float(found.x.max())]
+    axes.plot(ends, [found.intercept + found.slope * end for end in ends], color=_PALETTE[1], label=shown)
+    means = [(part.mean_x, part.mean_x + part.mean_difference) for part in found.bins]
+    axes.plot(*zip(*means, strict=True), color="0.1", marker="o", markersize=3, linestyle="none")
+    axes.set(xlim=(low - edge, high + edge), ylim=(low - edge, high + edge))
+    axes.set_box_aspect(1)
+    axes.grid(color="0.92", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"X: teacher's logit of its class{_at(found.teacher_temperature)}", fontsize=8)
+    axes.set_ylabel(f"Y: student's logit of it{_at(found.student_temperature)}", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(frameon=False, fontsize=7.5, loc="upper left", handlelength=1.2, borderaxespad=0.1)
+
+
+def _at(temperature: float) -> str:
+    return "" if temperature == 1.0 else f" (temperature {temperature:g})"
+
+
+# ------------------------------------------------------------------------------------------------ calibration of two sides
+
+
+def reliability_diagram(sides: Mapping[str, Sequence[Sequence[float]]], path: PathLike) -> Figure:
+    """How often each side is right (above) at each confidence, and how many examples it is that sure of (below).
+
+    sides: for each, by its name, its bins: (mean confidence, accuracy, examples), fractions. On the dashed line a model is
+    right as often as it says; below it, it is too sure (Guo et al. 2017, arXiv:1706.04599, figure 1).
+    """
+    _need([bins for bins in sides.values() if len(bins)], "bins of confidence")
+    figure, _ = _figure(1, (5.4, 5.6))
+    figure.clear()
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 100], [0, 100], color="0.5", linestyle="--", linewidth=0.9, label="as often as it says")
+    for index, (name, bins) in enumerate(sides.items()):
+        confidence, accuracy, examples = zip(*bins, strict=True)
+        place, color = _percent(confidence), _PALETTE[index % len(_PALETTE)]
+        marker = _MARKERS[index % len(_MARKERS)]
+        upper.plot(place, _percent(accuracy), color=color, marker=marker, markersize=5, label=name)
+        share = [100.0 * count / sum(examples) for count in examples]
+        lower.plot(place, share, color=color, marker=marker, markersize=4, linewidth=1.2)
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+    upper.set(ylim=(-3, 103), ylabel="accuracy of the bin (%)", title="Reliability: confidence against accuracy")
+    upper.legend(frameon=False, fontsize=9, loc="upper left")
+    lower.set(xlim=(-3, 103), xlabel="mean confidence of the bin (%)", ylabel="examples (%)")
+    lower.set_ylim(bottom=0)
+    return _write(figure, path)
+
+
+# ------------------------------------------------------------------------------------------ label noise: who passes it on
+
+
+def confusions(matrices: Mapping[str, Any], path: PathLike, labels: Sequence[str] | None = None) -> Figure:
+    """One panel for each name: which class the examples of every clean class are predicted as, in percent of the class.
+
+    matrices: (classes, classes) counts or shares, rows the clean class, all on one scale of colours: `confusion` and
+    `expected` of a `SamplerReport`, for a teacher, an ensemble and a student side by side. Percentages of 1 or more are
+    written into the cells of up to 10 classes. A class without an example has a row of white. labels: names of the classes.
+    """
+    import numpy as np
+
+    _need(list(matrices), "matrices")
+    counts = {name: np.asarray(matrix, dtype=np.float64) for name, matrix in matrices.items()}
+    classes = len(next(iter(counts.values())))
+    odd = {name: matrix.shape for name, matrix in counts.items() if matrix.shape != (classes, classes)}
+    if odd or (labels is not None and len(labels) != classes):
+        raise ValueError(f"confusions must all be ({classes}, {classes}), and labels {classes}: got {odd or labels}")
+    if not all(np.isfinite(matrix).all() and (matrix >= 0).all() for matrix in counts.values()):
+        raise ValueError("confusions are counts or shares: finite, and 0 or more")
+    figure, panels = _figure(len(counts), (3.4 * len(counts) + 0.8, 3.8))
+    figure.set_layout_engine("constrained")  # a bar for all panels
+    for axes, (name, matrix) in zip(panels, counts.items(), strict=True):
+        rows = matrix.sum(1, keepdims=True)
+        percent = np.divide(100 * matrix, rows, out=np.full_like(matrix, np.nan), where=rows > 0)
+        image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+        axes.grid(False)
+        if classes <= 10:
+            for row, column in np.argwhere(percent >= 1).tolist():
+                value = percent[row, column]
+                color = "white" if value > 55 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+            names = [str(number) for number in range(classes)] if labels is None else list(labels)
+            axes.set_xticks(range(classes), names, rotation=0 if labels is None else 90, fontsize=8)
+            axes.set_yticks(range(classes), names, fontsize=8)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("clean class")
+        axes.set_title(textwrap.fill(name, 30), fontsize=10)
+    figure.colorbar(image, ax=panels, shrink=0.8, label="share of the clean class (%)")
+    return _write(figure, path)
+
+
+def trajectories(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]],
+    labels: Mapping[str, tuple[str, str]],
+    path: PathLike,
+) -> Figure:
+    """Where runs of one start go in two directions: at equal x, the exaggerated bias towards the top direction is the lower line.
+
+    panels: by its title, the runs of each panel by their names, each with one curve (x, y) a seed, oldest record first; the
+    last record is marked. labels: of each panel's axes, top direction first.
+    """
+    _need(list(panels), "panels")
+    figure, all_axes = _figure(len(panels), (4.6 * len(panels), 4.2))
+    for axes, (title, runs) in zip(all_axes, panels.items(), strict=True):
+        for index, (name, curves_of_seeds) in enumerate(runs.items()):
+            color, marker = _PALETTE[index % len(_PALETTE)], _MARKERS[index % len(_MARKERS)]
+            for seed, (x, y) in enumerate(curves_of_seeds):
+                axes.plot(
+                    x, y, color=color, linewidth=1.4, alpha=0.8, linestyle=("-", "--")[index % 2], marker=marker,
+                    markersize=6, markevery=[len(x) - 1], label=name if seed == 0 else None,
+                )  # fmt: skip
+        axes.set_xlabel(textwrap.fill(labels[title][0], 44))
+        axes.set_ylabel(textwrap.fill(labels[title][1], 44))
+        axes.set_title(textwrap.fill(title, 44), fontsize=11)
+        _legend(axes)
+    return _write(figure, path)
+
+
+# --------------------------------------------------------------------------------------------- what a method hangs on
+
+
+def score_sweeps(
+    panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    levels: Mapping[str, Sequence[float]],
+    y_label: str,
+    path: PathLike,
+) -> Figure:
+    """One panel for each label of an x axis, side by side on one y axis: mean ± standard deviation over seeds at each x.
+
+    panels: by its x label, the lines of each panel by their names, {x: values, one a seed}; a name has one colour in all
+    panels. Places of an axis stand side by side at equal distances, whatever lies between their numbers. levels: values
+    that hang on neither axis, one a seed, drawn as dashed lines at their means.
+    """
+    _need(list(panels), "panels")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure, all_axes = _figure(len(panels), (max(5.4, 4.6 * len(panels)), 4.9))
+    figure.set_layout_engine("constrained")  # the only one that leaves room for a legend below the panels
+    handles: dict[str, Any] = {}
+    for axes, (x_label, lines) in zip(all_axes, panels.items(), strict=True):
+        places = sorted({place for points in lines.values() for place in points})
+        for name, points in lines.items():
+            index = names.index(name)
+            x = sorted(points)
+            means, stds, _ = zip(*[mean_and_std(points[place]) for place in x], strict=True)
+            apart = [places.index(place) + 0.06 * (index - (len(names) - 1) / 2) for place in x]
+            style: dict[str, Any] = {
+                "color": _PALETTE[index % len(_PALETTE)],
+                "marker": _MARKERS[index % len(_MARKERS)],
+            }
+            handles[name] = axes.errorbar(apart, means, stds, capsize=3, markersize=5, linewidth=1.4, **style)
+        for number, (name, scores) in enumerate(levels.items()):
+            line = axes.axhline(mean_and_std(scores)[0], color="0.35", linewidth=1.1, linestyle=("--", ":")[number % 2])
+            handles[name] = line
+        axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+    for axes in all_axes[1:]:
+        axes.sharey(all_axes[0])
+    counts = {len(values) for lines in panels.values() for points in lines.values() for values in points.values()}
+    note = "one seed" if counts == {1} else f"mean ± std, {'-'.join(map(str, sorted(counts)))} seeds"
+    figure.suptitle(f"{y_label.split(' (')[0]} ({note})", fontsize=12)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return _write(figure, path)
