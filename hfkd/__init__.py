@@ -29,6 +29,7 @@ _HOME = {
     "PseudoLabel": "hfkd.objectives",
     "RelationalKD": "hfkd.objectives",
     "SelfDistill": "hfkd.objectives",
+    "Switch": "hfkd.objectives",
     "Progress": "hfkd.outputs",
     "TeacherOutput": "hfkd.outputs",
     "AdapterTeacher": "hfkd.teachers",
@@ -36,6 +37,7 @@ _HOME = {
     "EnsembleTeacher": "hfkd.teachers",
     "ModelTeacher": "hfkd.teachers",
     "Teacher": "hfkd.teachers",
+    "cache_members": "hfkd.cache",
     "cache_teacher": "hfkd.cache",
     "load_cache": "hfkd.cache",
     "verify_cache": "hfkd.cache",
@@ -55,6 +57,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from hfkd.cache import cache_members as cache_members
     from hfkd.cache import cache_teacher as cache_teacher
     from hfkd.cache import load_cache as load_cache
     from hfkd.cache import verify_cache as verify_cache
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     from hfkd.objectives import PseudoLabel as PseudoLabel
     from hfkd.objectives import RelationalKD as RelationalKD
     from hfkd.objectives import SelfDistill as SelfDistill
+    from hfkd.objectives import Switch as Switch
     from hfkd.outputs import Progress as Progress
     from hfkd.outputs import TeacherOutput as TeacherOutput
     from hfkd.teachers import AdapterTeacher as AdapterTeacher

@@ -33,8 +33,8 @@ CASE_OF = {
     "deit_token": two_head_case,
     **dict.fromkeys(("masked_images", "self_distill_images"), masked_image_case),
 }
-# Confidence, or a margin, is left to learn
-NEVER_ZERO = {"pseudo_label", "deit_token", "ada_margin", "balanced_student"}
+# Confidence, or a margin, is left to learn; a switch names its terms otherwise (tests/test_objective_switch.py)
+NEVER_ZERO = {"pseudo_label", "deit_token", "ada_margin", "balanced_student", "switch"}
 HEADS = {
     "single_label_classification": classification_case,
     "multi_label_classification": multi_label_case,
@@ -44,10 +44,16 @@ HEADS = {
 # ---- ours keep the contract ----
 
 
+def made(name):
+    """With its defaults; when to switch has none."""
+    given = {"first": "kd", "second": "cross_entropy", "start": 0, "window": 4}
+    return OBJECTIVES[name](**given if name == "switch" else {})
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_of_the_command_line_keeps_the_contract(name):
     """An objective that the command line offers but nobody checks trains a wrong student without a word."""
-    check_objective(OBJECTIVES[name](), CASE_OF.get(name, classification_case), zero_at_teacher=name not in NEVER_ZERO)
+    check_objective(made(name), CASE_OF.get(name, classification_case), zero_at_teacher=name not in NEVER_ZERO)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +64,10 @@ def test_every_objective_scores_the_heads_it_names_and_refuses_the_others(name):
     for problem_type, head in HEADS.items():
         case_of = functools.partial(inside_case, head) if name in INSIDE else CASE_OF.get(name, head)
         if problem_type in OBJECTIVES[name].problem_types:
-            check_objective(OBJECTIVES[name](), case_of, zero_at_teacher=name not in NEVER_ZERO)
+            check_objective(made(name), case_of, zero_at_teacher=name not in NEVER_ZERO)
         else:
             with pytest.raises(ValueError, match=problem_type):
-                OBJECTIVES[name]().build(None, None, problem_type)
+                made(name).build(None, None, problem_type)
 
 
 def inside_case(head, rows, **settings):
@@ -452,7 +458,7 @@ def test_settings_are_the_hyper_parameters():
     assert SelfDistill("tokens", False).settings() == {"feature": "tokens", "pretrain_loss": False}
     assert CrossEntropy(0.1).settings() == {"label_smoothing": 0.1}
     assert MaskedLM().settings() == {}
-    assert all(isinstance(kind(), nn.Module) for kind in OBJECTIVES.values())
+    assert all(isinstance(made(name), nn.Module) for name in OBJECTIVES)
 
 
 def test_eval_loss_is_without_smoothing():

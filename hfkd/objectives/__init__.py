@@ -20,6 +20,7 @@ from hfkd.objectives.objective import Objective
 from hfkd.objectives.pseudo_label import PseudoLabel
 from hfkd.objectives.relational_kd import RelationalKD
 from hfkd.objectives.self_distill import MaskedLM, SelfDistill
+from hfkd.objectives.switch import Switch
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "cross_entropy": CrossEntropy,
@@ -38,6 +39,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ada_margin": AdaMargin,
     "balanced_student": BalancedStudent,
     "group_dro": GroupDRO,
+    "switch": Switch,
     "masked_lm": MaskedLM,
     "self_distill": SelfDistill,
     "masked_images": MaskedImages,
@@ -68,4 +70,5 @@ __all__ = [
     "RelationalKD",
     "SelfDistill",
     "SelfDistillImages",
+    "Switch",
 ]
