@@ -38,14 +38,9 @@ def vectors(model=None):
 
 
 def trainer(folder, recorder, *callbacks, **changes):
-    settings = {"max_steps": 8, "save_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", **changes}
+    settings = {"max_steps": 8, "save_steps": 3, "save_strategy": "steps", "learning_rate": 1e-2, **changes}
     args = DistillationArguments(
-        str(folder),
-        per_device_train_batch_size=4,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="steps",
-        **settings,
+        str(folder), per_device_train_batch_size=4, lr_scheduler_type="constant", disable_tqdm=True, **settings
     )
     callbacks = [recorder, *callbacks]
     return DistillationTrainer(student(), args, None, ROWS, processing_class=tiny_tokenizer(), callbacks=callbacks)
@@ -72,13 +67,15 @@ def test_records_are_the_weights_of_their_step(whole):
     assert (found.moves[1:] > 0).all() and not list(whole.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("kill", [3, 6])
-def test_a_killed_run_goes_on_with_its_records(whole, tmp_path, kill):
+@pytest.mark.parametrize(("kill", "strategy"), [(3, "steps"), (6, "epoch")])
+def test_a_killed_run_goes_on_with_its_records(whole, tmp_path, kill, strategy):
     """A resumed run that starts its records anew compares the second half of one run with the whole of the other."""
     path = tmp_path / "trajectory.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, TrajectoryRecorder(LAYER, vectors(), path, every=2), Kill(kill)).train()
-    trainer(tmp_path, TrajectoryRecorder(LAYER, vectors(), path, every=2)).train(resume_from_checkpoint=True)
+        recorder = TrajectoryRecorder(LAYER, vectors(), path, every=2)
+        trainer(tmp_path, recorder, Kill(kill), save_strategy=strategy).train()
+    recorder = TrajectoryRecorder(LAYER, vectors(), path, every=2)
+    trainer(tmp_path, recorder, save_strategy=strategy).train(resume_from_checkpoint=True)
     one, other = read_trajectory(whole / "trajectory.safetensors"), read_trajectory(path)
     assert one.steps.tolist() == other.steps.tolist() and one.directions == other.directions
     np.testing.assert_array_equal(one.projections, other.projections)
