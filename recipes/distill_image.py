@@ -30,7 +30,7 @@ from hfkd import DistillationArguments
 from hfkd.data.splits import save_indices
 from hfkd.diagnostics import plots
 from hfkd.diagnostics.metrics import gap_closed, mean_and_std, paired_difference
-from hfkd.objectives import CrossEntropy, Distillation
+from hfkd.objectives import CrossEntropy
 from hfkd.trainers.arguments import parse_arguments
 from image_study import Study, StudyArguments
 from program import HERE, one_sentence, one_source, quiet, say
@@ -61,7 +61,7 @@ def prepare(arguments: list[str]) -> tuple[RecipeArguments, DistillationArgument
     quiet()
     recipe, args = parse(arguments)
     objective = args.make_objective("kd")
-    if not isinstance(objective, Distillation):
+    if "teacher" not in objective.needs:
         raise ValueError(
             f"--objective {args.objective} asks no teacher: the student on labels alone is trained beside the distilled one "
             "anyway, and recipes/teachers_pet.py has the baselines for rare classes; choose kd, dkd, dist, ..."
