@@ -61,7 +61,7 @@ def prepare(arguments: list[str]) -> tuple[RecipeArguments, DistillationArgument
     quiet()
     recipe, args = parse(arguments)
     objective = args.make_objective("kd")
-    if "teacher" not in objective.needs:
+    if "teacher" not in objective.needs and args.alpha != 0:  # alpha 0 is the check that both sides are the same
         raise ValueError(
             f"--objective {args.objective} asks no teacher: the student on labels alone is trained beside the distilled one "
             "anyway, and recipes/teachers_pet.py has the baselines for rare classes; choose kd, dkd, dist, ..."

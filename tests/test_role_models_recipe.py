@@ -124,7 +124,7 @@ def test_teachers_pool_and_test_share_no_row(recipes, tmp_path):
     assert len(study.view.held_out[""]) == 359
 
 
-def test_students_do_not_see_the_pools_labels(recipes, study, monkeypatch, tmp_path):
+def test_students_do_not_see_the_pools_labels(recipes, monkeypatch, tmp_path):
     """A label that reaches a student of pseudo-labels turns the method into its own ceiling."""
     prepared = recipes["role_models"].prepare([*fitting(tmp_path / "other"), "--teachers", "1"])
     seen = []
@@ -311,6 +311,21 @@ def test_figures_are_drawn(study):
     for name in ("scores.png", "confusions.png"):
         with Picture.open(study[0] / name) as picture:
             assert min(picture.size) > 300
+
+
+def test_no_panel_cuts_off_what_another_shows(tmp_path):
+    """Axes shared too late hide the single teachers, and the method looks as if there were nothing to gain."""
+    from hfkd.diagnostics import plots
+
+    low, high = {"teacher": {10.0: [50.0, 52.0], 40.0: [20.0, 21.0]}}, {"student": {1.0: [90.0], 3.0: [95.0]}}
+    figure = plots.score_sweeps({"k": high, "rate": low}, {"ceiling": [97.0]}, "accuracy (%)", tmp_path / "a.png")
+    left, right = figure.axes
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[0] < 20 and left.get_ylim()[1] > 97
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["10", "40"]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["student", "teacher", "ceiling"] and (tmp_path / "a.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="panels"):
+        plots.score_sweeps({}, {}, "accuracy (%)", tmp_path / "b.png")
 
 
 def test_a_stopped_study_trains_only_what_is_missing(recipes, study, capsys, monkeypatch):

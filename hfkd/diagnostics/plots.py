@@ -560,7 +560,7 @@ def score_sweeps(
     """
     _need(list(panels), "panels")
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    figure, all_axes = _figure(len(panels), (max(5.4, 4.6 * len(panels)), 4.9))
+    figure, all_axes = _figure(len(panels), (1.6 + 4.6 * len(panels), 4.9))
     figure.set_layout_engine("constrained")  # the only one that leaves room for a legend below the panels
     handles: dict[str, Any] = {}
     for axes, (x_label, lines) in zip(all_axes, panels.items(), strict=True):
@@ -579,12 +579,22 @@ def score_sweeps(
             line = axes.axhline(mean_and_std(scores)[0], color="0.35", linewidth=1.1, linestyle=("--", ":")[number % 2])
             handles[name] = line
         axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-    for axes in all_axes[1:]:
-        axes.sharey(all_axes[0])
+    limits = [axes.get_ylim() for axes in all_axes]
+    for axes in all_axes:  # sharey would keep the first panel's, and cut off what lies below it in the others
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     counts = {len(values) for lines in panels.values() for points in lines.values() for values in points.values()}
     note = "one seed" if counts == {1} else f"mean ± std, {'-'.join(map(str, sorted(counts)))} seeds"
     figure.suptitle(f"{y_label.split(' (')[0]} ({note})", fontsize=12)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    shown = [*names, *levels]
+    figure.legend(
+        [handles[name] for name in shown],
+        shown,
+        loc="outside lower center",
+        ncols=1 + len(panels),
+        frameon=False,
+        fontsize=9,
+    )
     return _write(figure, path)
