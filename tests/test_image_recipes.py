@@ -240,7 +240,8 @@ def test_every_config_of_sizes_builds_them(recipes, path):
     sizes = yaml.safe_load(path.read_text())
     named = sizes.pop("architectures", [type(model).__name__])
     assert {name: getattr(model.config, name) for name in sizes} == sizes and type(model).__name__ == named[0]
-    assert model.config.id2label == dict(enumerate(BIRDS)) and network.view.size == (sizes.get("image_size", 224),) * 2
+    side = sizes.get("image_size", 32 if model.config.model_type == "cifar_resnet" else 224)
+    assert model.config.id2label == dict(enumerate(BIRDS)) and network.view.size == (side,) * 2
 
 
 # ---- a study on a folder ----
