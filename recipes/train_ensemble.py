@@ -110,7 +110,16 @@ def spread(ensemble: Ensemble, arguments: list[str]) -> None:
     missing = [kind.seed for kind in ensemble.kinds if not ensemble.is_done(kind)]
     shares = [share for k in range(ensemble.recipe.processes) if (share := missing[k :: ensemble.recipe.processes])]
     say(f"Members {', '.join(map(str, missing)) or 'none'}: training in {len(shares)} processes")
-    for_each = "--processes 1 --overwrite False --resume_from_checkpoint True --disable_tqdm True".split()
+    for_each = [
+        "--processes",
+        "1",
+        "--overwrite",
+        "False",
+        "--resume_from_checkpoint",
+        "True",
+        "--disable_tqdm",
+        "True",
+    ]
     started = []
     try:
         for number, share in enumerate(shares):
