@@ -30,6 +30,8 @@ _HOME = {
     "RelationalKD": "hfkd.objectives",
     "SelfDistill": "hfkd.objectives",
     "Switch": "hfkd.objectives",
+    "Collaboration": "hfkd.objectives",
+    "MutualLearning": "hfkd.objectives",
     "Progress": "hfkd.outputs",
     "TeacherOutput": "hfkd.outputs",
     "AdapterTeacher": "hfkd.teachers",
@@ -52,6 +54,12 @@ _HOME = {
     "CifarResNetForImageClassification": "hfkd.models.cifar_resnet",
     "cifar_resnet_config": "hfkd.models.cifar_resnet",
     "init_student_from_teacher": "hfkd.models.student",
+    "StudentGroup": "hfkd.models.student_group",
+    "CNet": "hfkd.meta",
+    "ConstantWeights": "hfkd.meta",
+    "WeightTable": "hfkd.meta",
+    "CollaborativeArguments": "hfkd.trainers.arguments",
+    "CollaborativeTrainer": "hfkd.trainers.collaborative",
     "two_view_model": "hfkd.models.two_view",
 }
 __all__ = ["__version__", *_HOME]
@@ -63,10 +71,14 @@ if TYPE_CHECKING:
     from hfkd.cache import verify_cache as verify_cache
     from hfkd.data.collate import DistillationCollator as DistillationCollator
     from hfkd.data.collate import MaskedLMCollator as MaskedLMCollator
+    from hfkd.meta import CNet as CNet
+    from hfkd.meta import ConstantWeights as ConstantWeights
+    from hfkd.meta import WeightTable as WeightTable
     from hfkd.models.cifar_resnet import CifarResNetConfig as CifarResNetConfig
     from hfkd.models.cifar_resnet import CifarResNetForImageClassification as CifarResNetForImageClassification
     from hfkd.models.cifar_resnet import cifar_resnet_config as cifar_resnet_config
     from hfkd.models.student import init_student_from_teacher as init_student_from_teacher
+    from hfkd.models.student_group import StudentGroup as StudentGroup
     from hfkd.models.two_view import two_view_model as two_view_model
     from hfkd.objectives import DIST as DIST
     from hfkd.objectives import DKD as DKD
@@ -75,6 +87,7 @@ if TYPE_CHECKING:
     from hfkd.objectives import AdaMargin as AdaMargin
     from hfkd.objectives import AttentionMaps as AttentionMaps
     from hfkd.objectives import BalancedStudent as BalancedStudent
+    from hfkd.objectives import Collaboration as Collaboration
     from hfkd.objectives import CrossEntropy as CrossEntropy
     from hfkd.objectives import DeiTToken as DeiTToken
     from hfkd.objectives import Distillation as Distillation
@@ -83,6 +96,7 @@ if TYPE_CHECKING:
     from hfkd.objectives import HiddenStates as HiddenStates
     from hfkd.objectives import LogitMSE as LogitMSE
     from hfkd.objectives import MiniLMRelations as MiniLMRelations
+    from hfkd.objectives import MutualLearning as MutualLearning
     from hfkd.objectives import Objective as Objective
     from hfkd.objectives import PseudoLabel as PseudoLabel
     from hfkd.objectives import RelationalKD as RelationalKD
@@ -95,9 +109,11 @@ if TYPE_CHECKING:
     from hfkd.teachers import EnsembleTeacher as EnsembleTeacher
     from hfkd.teachers import ModelTeacher as ModelTeacher
     from hfkd.teachers import Teacher as Teacher
+    from hfkd.trainers.arguments import CollaborativeArguments as CollaborativeArguments
     from hfkd.trainers.arguments import DistillationArguments as DistillationArguments
     from hfkd.trainers.arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from hfkd.trainers.arguments import SelfDistillationArguments as SelfDistillationArguments
+    from hfkd.trainers.collaborative import CollaborativeTrainer as CollaborativeTrainer
     from hfkd.trainers.distillation import DistillationTrainer as DistillationTrainer
     from hfkd.trainers.self_distillation import SelfDistillationTrainer as SelfDistillationTrainer
 

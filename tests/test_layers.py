@@ -23,6 +23,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "outputs": (),
     "data": (),
     "models": ("outputs",),
+    "lookahead": (),
+    "meta": ("functional", "outputs"),
     "hub": (),
     "objectives": ("functional", "outputs"),
     "teachers": ("outputs", "functional", "models.projections", "models.cifar_resnet"),
@@ -34,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "testing": EVERYTHING,
     "trainers": (
         *("objectives", "teachers", "hub", "outputs", "functional", "models.projections", "models.two_view_mae"),
+        *("lookahead", "meta", "models.student_group"),
         *("records", "fingerprint", "cache", "data.masked_images"),
         *("data.collate", "data.pixels", "data.rows", "data.sampler", "data.text", "diagnostics.callback"),
     ),

@@ -4,6 +4,7 @@ from hfkd.objectives.ada_alpha import AdaAlpha
 from hfkd.objectives.ada_margin import AdaMargin
 from hfkd.objectives.attention_maps import AttentionMaps
 from hfkd.objectives.balanced_student import BalancedStudent
+from hfkd.objectives.collaboration import Collaboration, GroupObjective, MutualLearning
 from hfkd.objectives.cross_entropy import CrossEntropy
 from hfkd.objectives.deit_token import DeiTToken
 from hfkd.objectives.dist import DIST
@@ -55,16 +56,19 @@ __all__ = [
     "AdaMargin",
     "AttentionMaps",
     "BalancedStudent",
+    "Collaboration",
     "CrossEntropy",
     "DeiTToken",
     "Distillation",
     "GeneralizedJSD",
     "GroupDRO",
+    "GroupObjective",
     "HiddenStates",
     "LogitMSE",
     "MaskedImages",
     "MaskedLM",
     "MiniLMRelations",
+    "MutualLearning",
     "Objective",
     "PseudoLabel",
     "RelationalKD",

@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_torch_xla_available
 
+from hfkd.lookahead import ENGINES
 from hfkd.objectives import KD, OBJECTIVES, Objective
 
 
@@ -203,6 +204,78 @@ class SelfDistillationArguments(DistillationArguments):
                 "rounds end with their last step and resume from whole checkpoints: leave load_best_model_at_end and "
                 "save_only_model off"
             )
+        super().__post_init__()
+
+
+@dataclass
+class CollaborativeArguments(DistillationArguments):
+    """Arguments of a group of students and their coordinator (MC-Distil; Tambat et al., TMLR 2025).
+
+    The coordinator moves every `coordinator_interval` steps, 20 as in the released code; the paper is quoted as saying 20
+    *epochs*, and `coordinator_interval_unit="epochs"` moves it at every step of every 20th epoch.
+    """
+
+    coordinator_interval: int = field(default=20, metadata={"help": "The coordinator moves once in so many steps."})
+    coordinator_interval_unit: str = field(
+        default="steps",
+        metadata={"help": "Or at every step of every so-manieth epoch.", "choices": ["steps", "epochs"]},
+    )
+    coordinator_learning_rate: float = field(default=1e-3, metadata={"help": "Of the coordinator's Adam."})
+    coordinator_weight_decay: float = field(default=1e-4, metadata={"help": "Of the coordinator's Adam."})
+    meta_engine: str = field(
+        default="jvp", metadata={"help": "How the meta-gradient is computed.", "choices": list(ENGINES)}
+    )
+    meta_order: str = field(
+        default="reference",
+        metadata={
+            "help": "reference: look ahead, move the coordinator, then step with its new weights. fused: the real step is the "
+            "look-ahead, and new weights act from the next batch on; cheaper.",
+            "choices": ["reference", "fused"],
+        },
+    )
+    meta_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of a meta step over all processes; default: those of a training step."}
+    )
+    meta_augmentation: bool = field(
+        default=False, metadata={"help": "Augment the meta rows as the training rows (the released code does)."}
+    )
+    warm_start_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs on the labels alone before the teacher and the coordinator count."}
+    )
+    pooled_student: bool = field(
+        default=False, metadata={"help": "A third term: towards the best logits of all students (2023 code)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.objective or self.alpha is not None or self.objective_kwargs or self.label_smoothing_factor:
+            raise ValueError(
+                "a group learns Collaboration, whose weights come from the coordinator: leave objective, alpha, objective_kwargs "
+                "and label_smoothing_factor out (in Python pass objective=... and coordinator=ConstantWeights(...))"
+            )
+        if self.coordinator_interval < 1:
+            raise ValueError(f"coordinator_interval must be 1 or more, got {self.coordinator_interval}")
+        if self.meta_batch_size is not None and self.meta_batch_size < 1:
+            raise ValueError(f"meta_batch_size must be 1 or more rows, got {self.meta_batch_size}")
+        if not self.warm_start_epochs >= 0:
+            raise ValueError(f"warm_start_epochs must be 0 or more, got {self.warm_start_epochs}")
+        choices = {
+            "meta_engine": ENGINES,
+            "meta_order": ("reference", "fused"),
+            "coordinator_interval_unit": ("steps", "epochs"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.meta_order == "fused" and self.meta_engine in ("double_backward", "last_layer"):
+            raise ValueError(
+                f"meta_engine {self.meta_engine} looks ahead by itself: it runs in meta_order reference only"
+            )
+        if self.fp16 and self.meta_order == "fused":
+            raise ValueError(
+                "fp16 skips steps whose gradients overflow, which no look-ahead can be: use bf16, or the order reference"
+            )
+        if self.save_only_model:
+            raise ValueError("save_only_model leaves out the coordinator's optimizer: turn it off")
         super().__post_init__()
 
 

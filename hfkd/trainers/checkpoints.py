@@ -59,9 +59,14 @@ def load_renamed_weights(model: Any, directory: str | Path) -> bool:
     saved = saved_names(Path(directory))
     if not isinstance(model, PreTrainedModel) or saved <= model.state_dict().keys():
         return False
-    stored = type(model).from_pretrained(directory, dtype=model.dtype, use_safetensors=True)
-    model.load_state_dict(stored.state_dict(), strict=False)  # what an objective trains has a file of its own
+    load_student(model, directory, strict=False)  # what an objective trains has a file of its own
     return True
+
+
+def load_student(student: Any, directory: str | Path, strict: bool = True) -> None:
+    """Weights and statistics as `save_pretrained` wrote them, under the names that the model has."""
+    stored = type(student).from_pretrained(directory, dtype=student.dtype, use_safetensors=True)
+    student.load_state_dict(stored.state_dict(), strict=strict)
 
 
 def saved_names(directory: Path) -> set[str]:

@@ -97,6 +97,7 @@ class DistillationTrainer(TermTrainer):
     train_dataset: Any
     teacher: Teacher | None
     _same_labels = True
+    _agreement_name = "agreement"
     round = 0
 
     def __init__(
@@ -414,12 +415,15 @@ class DistillationTrainer(TermTrainer):
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
         self._refuse_unwrapped(model)
-        answer = self._ask_teacher(inputs)
-        outputs = model(**self.student_view(inputs, training=True))
+        answer, outputs = self._answer_and_outputs(model, inputs)
         terms = self._objective(outputs, answer, inputs, self.progress)
         counts = self._objective.count(inputs) if num_items_in_batch is None else num_items_in_batch
         loss = self.reduce_terms(terms, counts)
         return (loss, ModelOutput(logits=outputs.logits)) if return_outputs else loss
+
+    def _answer_and_outputs(self, model: nn.Module, inputs: Batch) -> tuple[TeacherOutput | None, Any]:
+        answer = self._ask_teacher(inputs)
+        return answer, model(**self.student_view(inputs, training=True))
 
     def _evaluation_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         answer = self._ask_teacher(inputs) if self._asks_in_evaluation else None
@@ -450,7 +454,8 @@ class DistillationTrainer(TermTrainer):
             same = ((outputs.logits > 0) == (answer.logits > 0)).float().mean(-1)
         else:
             return  # two numbers never agree exactly; distill_loss is their distance
-        self._record_evaluation({"agreement": same}, {"agreement": units.sum()}, asked=True)
+        name = self._agreement_name
+        self._record_evaluation({name: same}, {name: units.sum()}, asked=True)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         equipped = self._unequip is not None
@@ -516,9 +521,12 @@ class DistillationTrainer(TermTrainer):
         unlabelled = any("labels" not in batch for batch in batches) or not any_labelled(batches, kind)
         if self._objective.needs & FEATURES or unlabelled:
             return  # its logits are not what is learned from, or there is nothing to score them by
-        ours = logits_in_eval_mode(self.model, [self.student_view(batch, training=False) for batch in batches])
+        ours = self._logits_before_training([self.student_view(batch, training=False) for batch in batches])
         refuse_other_shapes(ours, theirs)
         self.teacher_scores = report(score(theirs, batches, kind), score(ours, batches, kind), len(rows), kind)
+
+    def _logits_before_training(self, views: list[dict[str, Any]]) -> list[torch.Tensor]:
+        return logits_in_eval_mode(self.model, views)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Older checkpoints go only after the new one is marked whole, or a kill in between leaves none

@@ -145,6 +145,6 @@ class TermTrainer(Trainer):
             sums, counts = self.accelerator.reduce(torch.stack(list(self._eval_sums.values())), "sum").unbind(1)
             means = dict(zip(self._eval_sums, (sums / counts.clamp(min=1)).tolist(), strict=True))
             metrics[name] = sum(value for (asked, _), value in means.items() if not asked)
-            prefix = name.removesuffix("loss")
-            metrics |= {prefix + key: value for (asked, key), value in means.items() if asked}
+            prefix, several = name.removesuffix("loss"), sum(not asked for asked, _ in means) > 1
+            metrics |= {prefix + key: value for (asked, key), value in means.items() if asked or several}
         return output
