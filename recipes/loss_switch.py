@@ -2,7 +2,7 @@
 and from the labels to the teacher, in the middle of training, with a teacher that interpolates and one that does not.
 
     accelerate launch recipes/loss_switch.py                     # embedded MNIST digits, no network, 6 minutes or less
-    accelerate launch recipes/loss_switch.py --profile study     # 3 seeds, 20 minutes or less on one core
+    accelerate launch recipes/loss_switch.py --profile study     # 3 seeds, 23 minutes or less on one core
     accelerate launch recipes/loss_switch.py --teacher_epochs 30 5 1 --switch_at 0.25 --window 50
     accelerate launch recipes/loss_switch.py --config recipes/configs/loss_switch_cifar100.yaml      # the paper's setting
 
