@@ -29,7 +29,7 @@ from image_data import ImageArguments
 from image_study import SIZES, Network
 from member_stack import refuse_unstackable, train_stacked
 from program import say
-from runs import Memory, Run, Runs, View, predict
+from runs import Memory, Run, Runs, View, predict, wait_for_everyone
 from text_data import DataArguments, tokenizer_for
 from text_study import classifier, classifier_from_sizes, read_sizes, start_weights
 
@@ -163,6 +163,21 @@ class Ensemble:
 
     # ---- training ----
 
+    def refuse_other_settings(self) -> None:
+        """Before members are trained beside those that are there, in a stack or in processes of their own."""
+        for run in self.kinds:
+            if (self.runs.folder(run.name, run.seed) / "settings.json").is_file():
+                self.checked_model(run)
+        wait_for_everyone()
+
+    def checked_model(self, run: Run) -> Any:
+        """Its start. Raises ValueError where the folder is of other settings."""
+        transformers.set_seed(run.seed)
+        model = run.model()
+        settings = {**self.runs.settings(run), "start": weights_hash(model.state_dict())}
+        self.runs.check_settings(self.runs.folder(run.name, run.seed), settings)
+        return model
+
     def train(self) -> list[dict[str, Any]]:
         """The members' results: of those that are done as they were found, of the others after training them."""
         missing = [run for run in self.kinds if not self.is_done(run)]
@@ -185,9 +200,7 @@ class Ensemble:
         folders = [self.runs.folder(run.name, run.seed) for run in kinds]
         trainers = []
         for run, folder in zip(kinds, folders, strict=True):
-            transformers.set_seed(run.seed)
-            model = run.model()
-            self.runs.check_settings(folder, {**self.runs.settings(run), "start": weights_hash(model.state_dict())})
+            model = self.checked_model(run)
             trainers.append(self.runs.trainer(run, model, self.runs.arguments(run, folder)))
         memory, started = Memory(self.args.device), time.monotonic()
         steps = train_stacked(trainers)

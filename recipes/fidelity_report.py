@@ -12,6 +12,7 @@ Exit code 1 when a condition is not met, and the last line says which; 2 when it
 from __future__ import annotations
 
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,18 @@ def main(arguments: list[str]) -> int:
     parser = HfArgumentParser(RecipeArguments)
     parser.add_argument("student", help="A folder or Hub id.")
     parser.add_argument("teacher", help="A folder or Hub id.")
-    recipe, models = parser.parse_args_into_dataclasses(arguments)
     try:
+        recipe, models = parser.parse_args_into_dataclasses(arguments)
         gates = parse_gates(recipe.require, NUMBERS)  # a misspelt one is said before the models are asked
         found = compared(recipe, models.student, models.teacher)
+        files = written(found, recipe)
     except (ValueError, OSError) as error:
         print(f"fidelity_report.py: {error}", file=sys.stderr)
         return WRONG_INPUT
-    print(f"\n{found.markdown()}\n{written(found, recipe)}")
+    except Exception:  # damaged weights, too little memory: Python's own exit code would be that of a failed condition
+        traceback.print_exc()
+        return WRONG_INPUT
+    print(f"\n{found.markdown()}\n{files}")
     failed = found.failures(*gates)
     if failed:
         print(f"{len(failed)} of {len(gates)} conditions are not met: {'; '.join(failed)}", file=sys.stderr)

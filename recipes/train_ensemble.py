@@ -83,6 +83,7 @@ def about_texts(arguments: list[str]) -> bool:
 def run(ensemble: Ensemble, arguments: list[str]) -> None:
     started = time.monotonic()
     ensemble.runs.start()
+    ensemble.refuse_other_settings()
     main_process = ensemble.args.process_index == 0
     if main_process and not ensemble.recipe.only:
         used = ensemble.data.indices() if hasattr(ensemble.data, "indices") else {}

@@ -300,6 +300,14 @@ def test_only_missing_members_are_trained(recipes, tiny, trained, tmp_path):
         main(recipes, [*words, "--noise_rate", "0.1", "--resume_from_checkpoint", "True"])
 
 
+def test_other_settings_are_said_before_more_members_are_trained(recipes, tiny, tmp_path):
+    """A stack (or processes) that trains nine teachers for hours and only then says that the tenth was made otherwise."""
+    main(recipes, own(tiny, tmp_path, members=1, max_steps=2))
+    with pytest.raises(ValueError, match=r"made with other settings.*learning_rate"):
+        main(recipes, own(tiny, tmp_path, stack=2, max_steps=2, learning_rate=1e-3, resume_from_checkpoint=True))
+    assert not list((tmp_path / "runs" / "member").glob("seed-[12]/*"))
+
+
 def test_members_that_read_texts(recipes, tiny, tmp_path):
     """A recipe that takes any task and trains image members only fails on the text study it was written for."""
     words = flags(train_file=tiny / "train.csv", test_file=tiny / "test.csv", model_name_or_path=tiny / "model")

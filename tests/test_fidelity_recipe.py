@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,8 @@ def test_conditions_that_are_met_are_said(recipe, folder, tmp_path, capsys):
         ({"task": "mnist"}, "mnist"),
         ({"group_column": "dialect"}, "no column 'dialect' of subgroups"),
         ({"rows": 0}, "at least 1"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"more": ("--requre", "agreement>=1")}, "not used .*--requre"),
     ],
 )
 def test_wrong_inputs_end_with_a_sentence_and_another_code(recipe, folder, tmp_path, capsys, changes, message):
@@ -146,6 +149,17 @@ def test_wrong_inputs_end_with_a_sentence_and_another_code(recipe, folder, tmp_p
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("fidelity_report.py: ") and re.search(message, said), said
     assert not (tmp_path / "report.json").exists()
+
+
+def test_what_nobody_foresaw_is_not_the_code_of_a_failed_condition(recipe, folder, tmp_path, capsys):
+    """Weights that were cut off while they were copied: a CI that reads 1 says that the student has left its teacher."""
+    shutil.copytree(folder / "teacher", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    given = words(folder, tmp_path, "--require", "agreement>=0", teacher=tmp_path / "damaged")
+    assert recipe.main(given) == recipe.WRONG_INPUT and "Error" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert recipe.main(words(folder, tmp_path / "file", "--require", "agreement>=0", rows=8)) == recipe.WRONG_INPUT
 
 
 def test_help_names_every_number(recipe, capsys):

@@ -363,3 +363,17 @@ def test_projections_without_their_file_are_not_started_anew(tmp_path):
     distilled_trainer(tmp_path, settings, "kd").train()
     with pytest.raises(FileNotFoundError, match="objective.safetensors"):
         distilled_trainer(tmp_path, {**settings, "max_steps": 6}, "hidden").train(resume_from_checkpoint=True)
+
+
+def test_a_run_killed_after_its_last_step_is_closed_as_it_is(tmp_path):
+    """Killed while the finished model is scored: the stock loop trains one step beyond the budget, at a learning rate of 0 or
+    not, and the table of a study that was resumed has another student than one that was not."""
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant"}
+    never = distilled_trainer(tmp_path, settings, "hidden")
+    never.train()
+    assert never.state.epoch % 1, "at an epoch's end the stock loop has nothing left to train"
+    resumed = distilled_trainer(tmp_path, settings, "hidden")
+    assert resumed.train(resume_from_checkpoint=True).global_step == 5
+    assert_same_weights(resumed.model.state_dict(), never.model.state_dict())
+    longer = distilled_trainer(tmp_path, {**settings, "max_steps": 6}, "hidden")
+    assert longer.train(resume_from_checkpoint=True).global_step == 6

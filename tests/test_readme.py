@@ -40,3 +40,26 @@ def test_the_trainer_block_runs(tmp_path, monkeypatch):
     names = {"student": classifier(0), "rows": labelled_rows(), "tokenizer": tiny_tokenizer()}
     exec(block, names)
     assert names["trainer"].state.global_step == 4
+
+
+def test_the_blocks_of_groups_and_reports_run(tmp_path, monkeypatch):
+    """Names that moved, and a meta set that the trainer refuses."""
+    monkeypatch.chdir(tmp_path)
+    classifier(1).save_pretrained("teacher")
+    from hfkd.diagnostics.gates import GateFailed
+    from hfkd.testing import tiny_tokenizer
+
+    rows = labelled_rows(64)
+    names = {"small": classifier(0), "large": classifier(2), "tokenizer": tiny_tokenizer()}
+    names |= {"rows": rows.select(range(32)), "held_out_rows": rows.select(range(32, 64))}
+    (block,) = blocks_of("## Several students at once")
+    block = block.replace("num_train_epochs=30", "num_train_epochs=1, use_cpu=True, report_to='none'")
+    exec(block.replace("your/teacher", "teacher"), names)
+    assert names["trainer"].state.global_step == 4
+    (block,) = blocks_of("## What does the student do like its teacher?")
+    names |= {"student": names["trainer"].model["small"], "teacher": classifier(1)}
+    try:
+        exec(block, names)
+    except GateFailed as failed:
+        assert "agreement" in str(failed)
+    assert 0 <= names["found"].agreement <= 1

@@ -1,8 +1,8 @@
 """Wrong labels on purpose: counted exactly, drawn from a seed, with the clean ones kept beside them.
 
 For training rows only: models are scored on clean labels. `transition[c, j]` is the share of the rows of class c that is
-labelled j. At one seed, the rows that a lower rate makes wrong are among those of a higher rate: a study over rates changes
-the rate and nothing else.
+labelled j. At one seed, the rows that a lower rate of `transition_matrix` makes wrong are among those of a higher rate: a
+study over rates changes the rate and nothing else (with symmetric noise also which wrong label some of these rows have).
 """
 
 from __future__ import annotations

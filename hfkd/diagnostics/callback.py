@@ -15,10 +15,12 @@ from transformers import TrainerCallback
 from hfkd.diagnostics.answers import name_of
 from hfkd.diagnostics.fidelity import FidelityReport, report_of_logits
 from hfkd.diagnostics.row_labels import labels_of
+from hfkd.teachers import EnsembleTeacher
 from hfkd.teachers.labels import class_names, problem_type_of
 from hfkd.teachers.model import public_name
 
 PREFIX = "eval_fidelity_"
+NO_LOGITS = "the teacher answers no logits: an ensemble takes combine='mean' or 'logits'"
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -37,8 +39,8 @@ class DiagnosticsCallback(TrainerCallback):
     not been watched: the random state is put back. Evaluations are counted in the log, so that a resumed run reports at the
     steps of one that was never stopped.
 
-    Raises ValueError where there is no teacher, no data set or several, or another problem than one label a row; during
-    training, for logits that are not finite (rows named).
+    Raises ValueError where there is no teacher or one that names classes only, no data set or several, or another problem
+    than one label a row; during training, for logits that are not finite (rows named).
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class DiagnosticsCallback(TrainerCallback):
         dataset = trainer.eval_dataset if dataset is None else dataset
         if getattr(trainer, "teacher", None) is None:
             raise ValueError("there is no teacher to compare with: pass teacher=... to the DistillationTrainer")
+        if isinstance(trainer.teacher, EnsembleTeacher) and trainer.teacher.names_classes:
+            raise ValueError(NO_LOGITS)
         if every < 1:
             raise ValueError(f"every counts evaluations, 1 or more, not {every}")
         if isinstance(dataset, dict) or not all(hasattr(dataset, name) for name in ("column_names", "__len__")):
@@ -67,6 +71,9 @@ class DiagnosticsCallback(TrainerCallback):
         self.last: FidelityReport | None = None
         self._teacher_logits: NDArray[Any] | None = None
         self._reported: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._reported = None  # the next trial of a search evaluates at the steps of the one before
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if evaluations(state.log_history) % self.every or self._reported == state.global_step:
@@ -137,7 +144,7 @@ def teacher_logits(trainer: Any, rows: Any) -> NDArray[Any]:
         with torch.no_grad(), trainer.accelerator.autocast():
             answer = trainer.teacher(trainer._prepare_inputs(batch), trainer.progress)
         if answer.logits is None:
-            raise ValueError("the teacher answers no logits: an ensemble takes combine='mean' or 'logits'")
+            raise ValueError(NO_LOGITS)
         found.append(trainer.accelerator.gather_for_metrics(answer.logits.double()).cpu().numpy())
     return np.concatenate(found)
 

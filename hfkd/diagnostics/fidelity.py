@@ -24,6 +24,7 @@ from hfkd.diagnostics.answers import Collator, Pair, left_as_found, refuse_bad_r
 from hfkd.diagnostics.gates import Gate, GateFailed, failures, parse_gates
 from hfkd.diagnostics.logit_logit import LogitLogit, _constant, logit_logit, logit_of_class, with_interval
 from hfkd.diagnostics.logit_logit import _refuse_other_rows as refuse_other_rows
+from hfkd.diagnostics.logit_logit import _refuse_probabilities as refuse_probabilities
 from hfkd.diagnostics.row_labels import labels_of
 from hfkd.teachers import Teacher
 from hfkd.teachers.labels import class_names, problem_type_of
@@ -245,6 +246,8 @@ def report(
     Raises ValueError for label maps that do not match (student, teacher and data are compared), logits that are not finite
     (rows named), models that are no classifiers of one label a row, and rows that neither side can read.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     with left_as_found(student, teacher):
         pair = Pair(student, teacher, processing_class, teacher_processing_class, device)
         _refuse_other_problems(pair)
@@ -302,19 +305,20 @@ def report_of_logits(
     the rows, compared where given for both. student, teacher: their names. bins: of confidence. bootstrap, seed and the
     temperatures are those of `logit_logit`; everything else is measured at temperature 1.
 
-    Raises ValueError for different shapes or row orders, logits that are not finite (rows named), labels outside the
-    classes, and groups or names of another number.
+    Raises ValueError for different shapes or row orders, logits that are not finite (rows named), probabilities in their
+    place, labels that are no ids of the classes, and groups or names of another number.
     """
     ours, theirs = np.asarray(student_logits, dtype=np.float64), np.asarray(teacher_logits, dtype=np.float64)
     _refuse_other_shapes(ours, theirs)
+    refuse_other_rows(len(ours), student_ids, teacher_ids)
     for logits, whose, ids in ((ours, "student", student_ids), (theirs, "teacher", teacher_ids)):
         refuse_bad_rows(logits, whose, range(len(logits)) if ids is None else list(ids))
+        refuse_probabilities(logits, whose)
     rows, classes = ours.shape
     names = tuple(class_names or map(str, range(classes)))
     expected = np.full(rows, -1) if labels is None else np.asarray(labels)
     _refuse_other_lengths(ours, names, expected, groups)
     known = expected >= 0
-    refuse_other_rows(rows, student_ids, teacher_ids)
     deviations = None
     if not _constant(logit_of_class(theirs, theirs.argmax(1))):
         scored = expected if known.all() else None
@@ -461,6 +465,10 @@ def _refuse_other_lengths(logits: Array, names: Sequence[str], labels: Array, gr
     for what, values in (("labels", labels), ("groups", groups)):
         if values is not None and len(values) != rows:
             raise ValueError(f"there are {rows} rows and {len(values)} {what}")
+    if labels.ndim != 1 or labels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"labels are class ids, one a row and below 0 where there is none, not {labels.dtype} of shape {labels.shape}"
+        )
     if labels.max() >= classes:
         raise ValueError(f"labels run up to {labels.max()}, the classes from 0 to {classes - 1}")
 

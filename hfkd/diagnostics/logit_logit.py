@@ -252,12 +252,16 @@ def _logits(logits: ArrayLike, whose: str) -> Array:
             "classifier as the columns 0 and z"
         )
     _refuse_not_finite(found, whose)
-    if bool((found >= 0).all()) and bool((np.abs(found.sum(1) - 1) < 1e-3).all()):
+    _refuse_probabilities(found, whose)
+    return found
+
+
+def _refuse_probabilities(logits: Array, whose: str) -> None:
+    if bool((logits >= 0).all()) and bool((np.abs(logits.sum(1) - 1) < 1e-3).all()):
         raise ValueError(
             f"the {whose}'s rows are at least 0 and sum to 1: these are probabilities, and logits are needed; their logarithms "
             "will do where none is exactly 0"
         )
-    return found
 
 
 def _refuse_not_finite(logits: Array, whose: str) -> None:

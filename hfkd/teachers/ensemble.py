@@ -89,6 +89,11 @@ class EnsembleTeacher(Teacher):
         except ValueError as error:
             raise ValueError(f"the members do not match (member 0 in the student's place): {error}") from error
 
+    @property
+    def names_classes(self) -> bool:
+        """Whether it answers `labels`, and no logits."""
+        return self.combine == "vote" or (self.combine == "sample" and not self.soft)
+
     def prepare(self, student: Any, needs: Needs, device: torch.device | str) -> None:
         if beyond := sorted(set(needs) - {"teacher"}):
             raise ValueError(f"an ensemble answers logits or labels, the objective needs {', '.join(beyond)} as well")

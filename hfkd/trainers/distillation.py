@@ -494,6 +494,14 @@ class DistillationTrainer(TermTrainer):
         finally:
             self._take_off()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but a run that was killed after its last step is closed as it is: the stock loop looks only
+        after a step whether it was the last, and would resume with one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _check_teacher(self) -> None:
         """Score the teacher on a slice of the training rows, without a data loader: that would draw random numbers."""
         data = self.train_dataset

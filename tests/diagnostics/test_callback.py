@@ -104,6 +104,14 @@ def test_a_resumed_run_reports_at_the_same_steps(tmp_path):
     assert logged(resumed)[-1] == pytest.approx(logged(whole)[-1], rel=1e-6, abs=1e-9)
 
 
+def test_training_again_is_reported_again(tmp_path):
+    """The trials of a search all evaluate at the same steps: only the first would be reported, and `last` be of its student."""
+    trainer = watched(tmp_path, every=1, max_steps=1)
+    first = callback_of(trainer).last
+    trainer.train()
+    assert logged(trainer) and callback_of(trainer).last is not first
+
+
 def test_evaluations_of_several_data_sets_count_once():
     """A trainer with two eval data sets would be reported on twice as often as asked."""
     history = [
@@ -148,8 +156,7 @@ def _without_teacher(trainer):
 def _asked_of_votes(trainer):
     usual, trainer.teacher = trainer.teacher, EnsembleTeacher([classifier(1), classifier(2)], "vote")
     try:
-        callback = DiagnosticsCallback(trainer)
-        callback._compare()
+        DiagnosticsCallback(trainer)
     finally:
         trainer.teacher = usual
 

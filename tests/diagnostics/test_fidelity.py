@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.special import softmax
 from transformers import RobertaForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import hfkd.diagnostics
@@ -194,6 +195,9 @@ def test_a_teacher_that_is_equally_sure_everywhere_has_no_line():
         (lambda s, t: {"student_ids": range(400), "teacher_ids": range(1, 401)}, "the examples differ"),
         (lambda s, t: {"labels": np.full(400, 4)}, "labels run up to 4, the classes from 0 to 3"),
         (lambda s, t: {"labels": np.zeros(399, int)}, "400 rows and 399 labels"),
+        (lambda s, t: {"labels": ["sport"] * 400}, "labels are class ids, one a row .* not <U5 of shape"),
+        (lambda s, t: {"labels": [None] * 400}, "labels are class ids, one a row .* not object"),
+        (lambda s, t: {"labels": np.zeros((400, 1), int)}, r"labels are class ids, one a row .* shape \(400, 1\)"),
         (lambda s, t: {"groups": ["a"] * 399}, "400 rows and 399 groups"),
         (lambda s, t: {"groups": ["a"] * 399 + [None]}, "1 of 400 rows have no subgroup"),
         (lambda s, t: {"class_names": ["a"]}, "4 classes and 1 names"),
@@ -219,6 +223,25 @@ def test_rows_that_are_not_finite_are_named(bad):
     ids = [f"doc-{i}" for i in range(400)]
     with pytest.raises(ValueError, match=r"the student's .* examples \['doc-3', 'doc-17'\]"):
         report_of_logits(teacher, student, labels, student_ids=ids, teacher_ids=ids)
+
+
+def test_rows_that_are_not_finite_cannot_be_named_by_too_few_ids():
+    """An IndexError from the error message itself hides that the ids belong to another file."""
+    student, teacher, labels = two_sides()
+    student[17] = math.nan
+    with pytest.raises(ValueError, match="400 rows need 400 ids a side, not 2 and 2"):
+        report_of_logits(student, teacher, labels, student_ids=[0, 1], teacher_ids=[0, 1])
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_probabilities_in_place_of_logits_are_refused_on_either_side(constant):
+    """A softmax of a softmax: every model looks unsure and badly calibrated, also where the teacher has no line."""
+    student, teacher, labels = two_sides()
+    teacher = np.tile([3.0, 1.0, 0.0, 0.0], (len(labels), 1)) if constant else teacher
+    of_both = {"student": (softmax(student, axis=1), teacher), "teacher": (student, softmax(teacher, axis=1))}
+    for which, sides in of_both.items():
+        with pytest.raises(ValueError, match=f"the {which}'s rows are at least 0 and sum to 1"):
+            report_of_logits(*sides, labels)
 
 
 # ---- gates ----
