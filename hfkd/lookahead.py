@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Params = dict[str, Tensor]
 Losses = Callable[[Params], Tensor]  # parameters -> losses of one micro-batch, of the shape of its weights
@@ -232,10 +233,11 @@ def along(engine: str, training: TrainingLoss, params: Params, direction: Params
 
 
 def derivative_along(losses: Losses, params: Params, direction: Params) -> Tensor:
-    moving = {name: params[name].detach() for name in direction}
-    with torch.no_grad():  # no graph; forward mode works without
-        found = torch.func.jvp(losses, (moving,), ({name: direction[name] for name in moving},))
-    return found[1]
+    with torch.no_grad(), forward_ad.dual_level():  # no graph; torch.func.jvp does the same and takes a fifth longer
+        moving = {name: forward_ad.make_dual(params[name].detach(), value) for name, value in direction.items()}
+        found = losses(moving)
+        tangent = forward_ad.unpack_dual(found).tangent
+        return torch.zeros_like(found) if tangent is None else tangent
 
 
 @torch.no_grad()

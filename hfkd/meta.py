@@ -160,7 +160,8 @@ class CNet(Coordinator):
         if isinstance(self.trunk, LogitTrunk):
             self.trunk.build(len(students), num_labels)
         width: Any = self.trunk.width
-        self.head = nn.Linear(width, len(parts) * (1 if self.shared else len(students)))
+        dtype = next((parameter.dtype for parameter in self.trunk.parameters()), None)
+        self.head = nn.Linear(width, len(parts) * (1 if self.shared else len(students)), dtype=dtype)
 
     def forward(
         self, batch: Batch, student_logits: Tensor | None = None, teacher_logits: Tensor | None = None
@@ -194,7 +195,8 @@ class ImageTrunk(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.layers(at_least_float32(batch["pixel_values"])).mean((-2, -1))
+        dtype = next(self.parameters()).dtype
+        return self.layers(batch["pixel_values"].to(dtype)).mean((-2, -1))
 
 
 class TextTrunk(nn.Module):
@@ -226,7 +228,7 @@ class FeatureTrunk(nn.Module):
         self.layers = nn.Sequential(nn.Linear(size, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.layers(at_least_float32(batch[self.column]).flatten(1))
+        return self.layers(batch[self.column].flatten(1).to(next(self.parameters()).dtype))
 
 
 class LogitTrunk(nn.Module):
@@ -263,7 +265,7 @@ class LogitTrunk(nn.Module):
             raise ValueError(
                 "the coordinator reads the teacher's logits, and there is no teacher: leave 'teacher' out of sources"
             )
-        return self.layers(torch.cat(seen, dim=-1))  # type: ignore[arg-type]
+        return self.layers(torch.cat(seen, dim=-1).to(next(self.layers.parameters()).dtype))  # type: ignore[arg-type]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ class _AroundStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._seen:
-            self.trainer._fused_step = self.trainer._inner_step()
-            self.trainer._fused_step.remember()
+            self.trainer._before_fused_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._seen:
@@ -309,6 +308,12 @@ class CollaborativeTrainer(DistillationTrainer):
         self.meta_seconds += time.perf_counter() - started
         return batches
 
+    def _before_fused_step(self) -> None:
+        started = time.perf_counter()
+        self._fused_step = self._inner_step()
+        self._fused_step.remember()
+        self.meta_seconds += time.perf_counter() - started
+
     def _fused_meta_step(self) -> None:
         """The students have just taken the step: it is the look-ahead. The new weights act from the next batch on."""
         started = time.perf_counter()
@@ -373,7 +378,9 @@ class CollaborativeTrainer(DistillationTrainer):
         drawn = np.random.default_rng((self.args.seed, self.state.global_step)).choice(len(rows), size, replace=False)
         mine = drawn[self.accelerator.process_index :: world]
         collate = self.data_collator if self.args.meta_augmentation else self._eval_collator
-        return self._prepare_inputs(collate([rows[int(i)] for i in mine]))
+        # All at once where the rows can: one by one they cost more than the meta step of a small group
+        shown = rows.__getitems__(mine.tolist()) if hasattr(rows, "__getitems__") else [rows[int(i)] for i in mine]
+        return self._prepare_inputs(collate(shown))
 
     def _logits(self, params: Params, inputs: Batch, draw: Callable[[], Any]) -> Tensor:
         """The group's logits at these parameters, in training mode; the group's own weights and statistics stay as they are."""
