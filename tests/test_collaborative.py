@@ -447,7 +447,8 @@ def test_the_best_group_is_loaded_at_the_end(tmp_path):
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "load_best_model_at_end": True,
-        "learning_rate": 0.5,
+        "learning_rate": 3e-2,
+        "num_train_epochs": 8,
     }
     trainer = group_trainer(tmp_path, settings, eval_dataset=rows(16, 200))
     trainer.train()
@@ -458,21 +459,19 @@ def test_the_best_group_is_loaded_at_the_end(tmp_path):
 
 
 def test_students_teach_each_other(tmp_path):
-    """Deep mutual learning without a teacher: each moves towards the other, and by its own labels."""
+    """Deep mutual learning without a teacher and without labels: all that is left is to agree."""
+    settings = {"max_steps": 30, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2}
     trainer = CollaborativeTrainer(
         students(),
-        CollaborativeArguments(output_dir=str(tmp_path), max_steps=4, report_to="none", save_strategy="no"),
+        CollaborativeArguments(output_dir=str(tmp_path), disable_tqdm=True, **settings),
         train_dataset=rows(32),
         processing_class=tiny_tokenizer(),
         objective=MutualLearning(),
-        coordinator=ConstantWeights(task=1.0, mutual=1.0),
+        coordinator=ConstantWeights(mutual=1.0),
     )
     trainer.train()
-    assert {"small_mutual_loss", "large_task_loss"} <= trainer.state.log_history[0].keys() | {
-        "small_mutual_loss",
-        "large_task_loss",
-    }
-    assert trainer.state.global_step == 4
+    found = [entry["small_mutual_loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found[-1] < 0.2 * found[0] and trainer.state.log_history[0]["large_task_loss"] == 0
 
 
 def test_a_search_starts_every_trial_anew(tmp_path):
@@ -483,7 +482,6 @@ def test_a_search_starts_every_trial_anew(tmp_path):
         made.append(StudentGroup(students()))
         return made[-1]
 
-    trainer = group_trainer(tmp_path, {"max_steps": 4}, students=None, model_init=model_init) if False else None
     args = CollaborativeArguments(
         output_dir=str(tmp_path), max_steps=4, report_to="none", save_strategy="no", coordinator_interval=1
     )
@@ -585,7 +583,7 @@ def test_weights_that_explode_stop_the_run(tmp_path):
     trainer = group_trainer(tmp_path, {"save_strategy": "steps", "save_steps": 1})
 
     class Explodes(type(trainer.callback_handler.callbacks[0])):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 with torch.no_grad():
                     trainer.coordinator.head.bias[2] = float("nan")
