@@ -95,10 +95,10 @@ class InnerStep:
         return self.optimizer.state.get(self.params[name], {})
 
     def _clip(self, student: Params, grads: Params) -> tuple[Tensor, Tensor]:
-        """The factor for this student's gradients, as clip_grad_norm_ has it, and their norm."""
+        """The factor for this student's gradients, as clip_grad_norm_ has it, and their norm (1 without clipping)."""
+        if not self.max_grad_norm:  # nobody asks for the norm
+            return torch.ones(()), torch.ones(())
         norm = sum_of(grads[name].square().sum() for name in student if name in grads).sqrt()
-        if not self.max_grad_norm:
-            return torch.ones_like(norm), norm
         return (self.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0), norm
 
     def _moved(self, name: str, param: Tensor, gradient: Tensor) -> Tensor:

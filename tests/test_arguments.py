@@ -228,6 +228,9 @@ def readers(recipe: Any, path: Path) -> list[type]:
     if recipe.__name__ in ("role_models", "train_ensemble"):
         prefix = "Text" if recipe.about_texts(["--config", str(path)]) else "Image"
         return [getattr(recipe, f"{prefix}{'Role' if recipe.__name__ == 'role_models' else 'Ensemble'}Arguments"), kind]
+    if recipe.__name__ == "mc_distil":
+        prefix = "Text" if recipe.about_texts(["--config", str(path)]) else "Image"
+        return [getattr(recipe, f"{prefix}McArguments"), recipe.CollaborativeArguments]
     return [recipe.RecipeArguments, kind]
 
 

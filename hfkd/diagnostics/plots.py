@@ -598,3 +598,36 @@ def score_sweeps(
         fontsize=9,
     )
     return _write(figure, path)
+
+
+# -------------------------------------------------------------------------------------- what a coordinator has learned
+
+
+def weight_quartiles(weights: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], path: PathLike) -> Figure:
+    """How a coordinator's weights of the examples spread over training: one panel for each student, on one y axis.
+
+    weights: by student and by loss, {step: (25 %, 50 %, 75 % quantile)}. A line is the median, its band the middle half.
+    """
+    _need(list(weights), "weights")
+    figure, all_axes = _figure(len(weights), (1.2 + 3.2 * len(weights), 3.9))
+    figure.set_layout_engine("constrained")  # the only one that leaves room for a legend below the panels
+    parts = list(dict.fromkeys(part for losses in weights.values() for part in losses))
+    handles: dict[str, Any] = {}
+    for axes, (student, losses) in zip(all_axes, weights.items(), strict=True):
+        for part, points in losses.items():
+            color, steps = _PALETTE[parts.index(part) % len(_PALETTE)], sorted(points)
+            low, middle, high = zip(*[points[step] for step in steps], strict=True)
+            axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
+            (handles[part],) = axes.plot(steps, middle, color=color, linewidth=1.6)
+        axes.set_title(student, fontsize=11)
+        axes.set_xlabel("step")
+    limits = [axes.get_ylim() for axes in all_axes]
+    for axes in all_axes:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    all_axes[0].set_ylabel("weight of an example")
+    figure.suptitle("Weights over training (line: median, band: middle half of the examples)", fontsize=12)
+    names = [f"{part} loss" for part in handles]
+    figure.legend(
+        list(handles.values()), names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9
+    )
+    return _write(figure, path)
