@@ -1,7 +1,7 @@
 """Bad models can be good role models: students of teachers that have learned wrong labels by heart (arXiv 2203.14649).
 
     accelerate launch recipes/role_models.py                     # embedded digits, no network, 10 minutes or less
-    accelerate launch recipes/role_models.py --profile study     # 10 teachers, 4 noise rates, 3 seeds, 40 minutes on one core
+    accelerate launch recipes/role_models.py --profile study     # 10 teachers, 4 noise rates, 3 seeds, 60 minutes on one core
     accelerate launch recipes/role_models.py --config recipes/configs/role_models_movies.yaml        # texts, no network
     accelerate launch recipes/role_models.py --config recipes/configs/role_models_cifar10_code.yaml  # the released code's
     accelerate launch recipes/role_models.py --task my_task --teacher_config resnet18 --student_config resnet18 --pool FOLDER

@@ -59,3 +59,26 @@ def test_the_image_benchmark_measures_every_side(tmp_path):
     assert {"bare student", "bare teacher's forward", "hfkd, online"} <= found["step"].keys()
     assert {"bare MAE + clean pass", "hfkd, teacher asked", "hfkd, features cached"} <= found["rounds"].keys()
     assert all(seconds > 0 for part in found.values() for seconds in part.values())
+
+
+@pytest.mark.launch
+def test_the_look_ahead_benchmark_compares_sides_that_agree(tmp_path):
+    """Two meta steps that compute other gradients have no ratio, and a claim of cheapness would stand on nothing."""
+    path = tmp_path / "numbers.json"
+    tiny = ["--student", "resnet10-xxxs", "--teacher", "resnet10-xxs", "--encoder", "1", "32", "--vocab_size", "100"]
+    short = ["--length", "12", "--image_batch_size", "4", "--text_batch_size", "4", "--overhead_batch_sizes", "4", "4"]
+    fewest = ["--repeats", "1", "--runs", "1", "--steps", "20", "--json", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "meta_step.py"), *tiny, *short, *fewest]
+    found = {}
+    for part in (["--only", "work", "overhead", "group"], ["--only", "memory", "--setting", "text"]):
+        subprocess.run([*command, *part], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        found |= json.loads(path.read_text())
+    for setting in ("image", "text"):
+        sides, apart = found["work"][setting]["seconds"], found["work"][setting]["differences"]
+        assert {"released", "fused, jvp", "reference order, jvp", "reference order, last_layer"} <= sides.keys()
+        assert all(one["cpu"] > 0 and one["wall"] > 0 for one in sides.values())
+        assert 0 < apart["fused, jvp"] <= 1e-4 and 0 < apart["reference order, jvp"] <= 1e-4
+        assert apart["reference order, last_layer"] > 1e-3  # else another comparison is of a thing with itself
+        assert found["overhead"][setting]["ratio"] > 0
+    assert found["memory"]["text"]["bytes"].keys() == {"ordinary", "released", "fused"}
+    assert {"group of four", "four runs", "the teacher's forward"} <= found["group"]["seconds"].keys()

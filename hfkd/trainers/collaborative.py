@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class CollaborativeTrainer(DistillationTrainer):
         meta_dataset: Any = None,
     ):
         args = args or CollaborativeArguments(output_dir="tmp_trainer")
-        model = StudentGroup(model) if isinstance(model, dict) else model
+        model = StudentGroup(model) if isinstance(model, Mapping) else model
         refuse_wrong_group(model if model_init is None else None, args, objective, teacher)
         self._metrics_of_one, self._preprocess_one = compute_metrics, preprocess_logits_for_metrics
         self._answers: deque[TeacherOutput | None] = deque()
