@@ -67,7 +67,7 @@ class InnerStep:
         clipped: Params = {}
         for student in self.students:
             factor, _ = self._clip(student, grads)
-            clipped |= {name: grads[name] * factor for name in student if name in grads}
+            clipped |= {name: self._scaled(grads[name], factor) for name in student if name in grads}
         return {name: self._moved(name, params[name], gradient) for name, gradient in clipped.items()}
 
     def pull_back(self, params: Params, grads: Params, outer: Params, *, stepped: bool = False) -> Params:
@@ -80,7 +80,8 @@ class InnerStep:
             factor, norm = self._clip(student, grads)
             names = [name for name in student if name in grads]
             scaled = {
-                name: self._diagonal(name, params[name], grads[name] * factor, stepped) * outer[name] for name in names
+                name: self._diagonal(name, params[name], self._scaled(grads[name], factor), stepped) * outer[name]
+                for name in names
             }
             if self.max_grad_norm:  # the factor itself depends on the gradient, where it is below 1
                 inner = sum_of((grads[name] * scaled[name]).sum() for name in names) / (norm * (norm + CLIP_EPSILON))
@@ -100,6 +101,9 @@ class InnerStep:
             return torch.ones(()), torch.ones(())
         norm = sum_of(grads[name].square().sum() for name in student if name in grads).sqrt()
         return (self.max_grad_norm / (norm + CLIP_EPSILON)).clamp(max=1.0), norm
+
+    def _scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        return gradient * factor if self.max_grad_norm else gradient  # no pass over large embeddings for nothing
 
     def _moved(self, name: str, param: Tensor, gradient: Tensor) -> Tensor:
         group = self.group[name]
