@@ -404,6 +404,7 @@ def logit_logit_grid(grid: Mapping[str, Mapping[str, LogitLogit]], path: PathLik
     size = 2.9
     figure, _ = _figure(1, (size * len(columns) + 0.4, (size + 0.3) * len(grid) + 0.5))
     figure.clear()
+    figure.set_layout_engine("constrained")  # else the title of many rows lies on the first one's
     panels = figure.subplots(len(grid), len(columns), squeeze=False)
     for (name, row), places in zip(grid.items(), panels, strict=True):
         for column, axes in zip(columns, places, strict=True):
