@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import launching
 from hfkd import DistillationArguments, DistillationTrainer, MaskedLMCollator, ModelTeacher
 from hfkd.functional import cross_entropy, kl_divergence
 from hfkd.objectives import MaskedLM, Objective
@@ -266,17 +263,9 @@ def test_a_model_teacher_stays_bit_identical_and_accumulation_holds(tmp_path):
 
 
 def start_process(output, settings, *flags):
-    command = [
-        sys.executable,
-        str(HERE / "rounds_run.py"),
-        str(output),
-        json.dumps(settings),
-        "--dropout",
-        "0.1",
-        *flags,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [str(output), json.dumps(settings), "--dropout", "0.1", *flags]
+    (process,) = launching.started(HERE / "rounds_run.py", *words, log=output.with_name(output.name + "-log"))
+    return process
 
 
 @pytest.mark.launch
@@ -287,10 +276,10 @@ def test_a_killed_run_goes_on_as_if_never_killed(tmp_path, sampling):
     process = start_process(tmp_path / "killed", settings)
     marker = tmp_path / "killed" / "round-1" / "checkpoint-6" / "whole.json"
     deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert marker.exists() and not (tmp_path / "killed" / "round-2" / "done.json").exists()
     done_before = (tmp_path / "killed" / "round-0" / "done.json").stat().st_mtime_ns
 
@@ -312,10 +301,10 @@ def test_a_killed_run_keeps_its_projections(tmp_path):
     process = start_process(tmp_path / "killed", settings, "--double", "--distilled", "hidden")
     deadline = time.monotonic() + 120
     whole = lambda: list((tmp_path / "killed").glob("checkpoint-*/whole.json"))  # noqa: E731
-    while not whole() and process.poll() is None and time.monotonic() < deadline:
+    while not whole() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert whole() and not (tmp_path / "killed" / "checkpoint-40").exists()
 
     resumed = distilled_trainer(tmp_path / "killed", settings, "hidden")

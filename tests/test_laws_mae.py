@@ -1,10 +1,6 @@
 """The laws for rounds over images: equalities of values or of training trajectories."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import launching
 from hfkd import DistillationTrainer, ModelTeacher, two_view_model
 from hfkd.data.masked_images import MaskedImageCollator
 from hfkd.data.pixels import ImageCollator
@@ -407,10 +404,10 @@ def test_a_killed_run_goes_on_as_if_never_killed(tmp_path, cached):
     process = start_process(tmp_path / "killed", settings, "--images")
     marker = tmp_path / "killed" / "round-1" / "checkpoint-6" / "whole.json"
     deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert marker.exists() and not (tmp_path / "killed" / "round-2" / "done.json").exists()
     done_before = (tmp_path / "killed" / "round-0" / "done.json").stat().st_mtime_ns
 
@@ -437,10 +434,7 @@ def test_a_finished_run_resumes_to_the_weights_of_its_last_round(tmp_path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    command = [*launch, str(HERE / "two_processes_mae.py"), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = launching.run(HERE / "two_processes_mae.py", str(output), log=output / "log", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank-{rank}.pt") for rank in (0, 1)]
 

@@ -4,15 +4,13 @@ Compared is a hash over (epoch, example_id, label) of everything that was learne
 """
 
 import hashlib
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import launching
 from hfkd.cache import cache_members
 from hfkd.outputs import Progress
 from hfkd.teachers import ModelTeacher
@@ -21,11 +19,6 @@ from two_processes_pseudo_labels import RUNS, members, pool, pseudo_trainer
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "two_processes_pseudo_labels.py")
-
-
-def started(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def learned(folder):
@@ -90,7 +83,7 @@ def test_accumulation_changes_no_label(alone, draw, tmp_path):
 def test_a_kill_changes_no_label(alone, draw, tmp_path):
     """SIGKILL in the middle of epoch 1: draws from a generator would go on elsewhere, and nobody could repeat the run."""
     folder, weights = alone
-    killed = started([sys.executable, SCRIPT, str(tmp_path), "--draw", draw, "--killed_at", "7"])
+    killed = launching.run(SCRIPT, str(tmp_path), "--draw", draw, "--killed_at", "7", log=tmp_path / "log")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     before = learned(tmp_path)
     assert {epoch for epoch, _, _ in before} == {0, 1} and len(before) == 7 * 8
@@ -120,8 +113,7 @@ def test_cached_members_give_the_labels_of_asked_ones(alone, draw, tmp_path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = started([*launch, SCRIPT, str(output)])
+    done = launching.run(SCRIPT, str(output), log=output / "log", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return output, [torch.load(output / f"rank-{rank}.pt") for rank in (0, 1)]
 

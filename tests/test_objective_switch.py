@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hfkd
+import launching
 from hfkd import DistillationArguments
 from hfkd.objectives import (
     KD,
@@ -36,7 +33,6 @@ from hfkd.trainers.arguments import parse_arguments
 from switch_run import STEPS, SWITCHES, prefixed, switch_trainer
 
 HERE = Path(__file__).parent
-SPAWN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 EVERYTHING = torch.arange(8)
 LINE = '{"first": {"kd": {"alpha": 1, "temperature": 4}}, "second": "cross_entropy", "start": 40, "window": 10}'
 
@@ -251,15 +247,14 @@ def test_accumulation_changes_nothing(tmp_path, which):
 def test_a_killed_run_goes_on_inside_its_window(tmp_path):
     """A ramp that starts anew on resume gives the first objective twice its share; a lost projection starts from noise."""
     settings = {"max_steps": 40, "save_strategy": "steps", "save_steps": 4, "save_total_limit": 2}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    command = [sys.executable, str(HERE / "switch_run.py"), str(tmp_path / "killed"), json.dumps(settings), "long"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [str(tmp_path / "killed"), json.dumps(settings), "long"]
+    (process,) = launching.started(HERE / "switch_run.py", *words, log=tmp_path / "log")
     deadline = time.monotonic() + 120
     whole = lambda: list((tmp_path / "killed").glob("checkpoint-*/whole.json"))  # noqa: E731
-    while not whole() and process.poll() is None and time.monotonic() < deadline:
+    while not whole() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert whole() and not (tmp_path / "killed" / "checkpoint-40").exists()
 
     resumed = switch_trainer(tmp_path / "killed", settings, "long")
@@ -274,9 +269,7 @@ def test_a_killed_run_goes_on_inside_its_window(tmp_path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    command = [*SPAWN, str(HERE / "switch_run.py"), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = launching.run(HERE / "switch_run.py", str(output), log=output / "log", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank-{rank}.pt") for rank in (0, 1)]
 

@@ -1,31 +1,21 @@
 """Process parity, from one launch of two processes with gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import launching
 from rounds_run import DISTILLED, classifier_trainer, distilled_trainer, rounds_trainer
 
 pytestmark = pytest.mark.launch
 HERE = Path(__file__).parent
-SPAWN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [*SPAWN, str(HERE / "two_processes.py"), str(output)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = launching.run(HERE / "two_processes.py", str(output), log=output / "log", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank-{rank}.pt") for rank in (0, 1)]
 

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 from watched_run import classifier, logged, rows, watched
 
+import launching
 from hfkd import DistillationArguments, DistillationTrainer
 from hfkd.diagnostics import DiagnosticsCallback, report
 from hfkd.diagnostics.callback import evaluations
@@ -182,15 +180,7 @@ def test_tensorboard_is_shown_numbers_tables_and_figures(tmp_path):
 @pytest.mark.launch
 def test_two_processes_report_what_one_does(tmp_path):
     """Rows counted twice to even out the last batch, or each process's own half, are other numbers under the same name."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*words, str(HERE / "watched_run.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = launching.run(HERE / "watched_run.py", str(tmp_path), log=tmp_path / "log", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1)]
     alone = watched(tmp_path / "alone", watch={"group_column": "hour"})
