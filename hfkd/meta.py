@@ -258,7 +258,7 @@ class LogitTrunk(nn.Module):
         given: dict[str, Tensor | None] = {
             "student": None if student_logits is None else log_probabilities(student_logits).flatten(1),
             "teacher": None if teacher_logits is None else log_probabilities(teacher_logits),
-            "label": F.one_hot(batch["labels"], self.num_labels).float() if "label" in self.sources else None,
+            "label": label_shares(batch["labels"], self.num_labels) if "label" in self.sources else None,
         }
         seen = [given[source] for source in self.sources]
         if any(one is None for one in seen):
@@ -266,6 +266,13 @@ class LogitTrunk(nn.Module):
                 "the coordinator reads the teacher's logits, and there is no teacher: leave 'teacher' out of sources"
             )
         return self.layers(torch.cat(seen, dim=-1).to(next(self.layers.parameters()).dtype))  # type: ignore[arg-type]
+
+
+def label_shares(labels: Tensor, num_labels: int) -> Tensor:
+    """(examples, num_labels): 1 at the label, nothing where it is -100; probabilities, several labels and numbers as they are."""
+    if labels.is_floating_point():
+        return labels.reshape(len(labels), num_labels).float()
+    return F.one_hot(labels.clamp(min=0), num_labels).float() * (labels >= 0).unsqueeze(-1)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from hfkd.objectives.collaboration import Collaboration, MutualLearning
 from hfkd.records import read_json, weights_hash
 from hfkd.teachers import ModelTeacher, Teacher
 from hfkd.teachers.labels import label_order
+from hfkd.trainers.meta_check import refuse_unknown_kernels
 from mc_baselines import Apart, Assisted, DenselyGuided
 from mc_data import McArguments, TextMcArguments, load
 from program import rows_per_step, say
@@ -56,8 +57,11 @@ class McStudy:
         self.order = None
         if recipe.teacher:
             self.order = label_order(self.load(recipe.teacher).config, AutoConfig.for_model("vit", **self.data.head()))
-        StudentGroup(self.fresh(self.names))  # names and labels that make no group are refused
-        self.network(0)  # and a coordinator that cannot be
+        group = StudentGroup(self.fresh(self.names))  # names and labels that make no group are refused
+        parts = self.objective(MC_DISTIL).parts
+        self.network(0).build(self.names, parts, group.config.num_labels, None)  # and a coordinator that cannot be
+        if {*LEARNED} & {*recipe.methods, *(recipe.noise_methods if recipe.noise_rate else ())}:
+            refuse_unknown_kernels(group, args)  # and students that cannot be looked ahead of
 
     # ---- rows ----
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForSequenceClassification
 
+import launching
 from group_run import RUNS, SIZES, classifier, coordinator, group_trainer, rows, state_of, students
 from hfkd import (
     KD,
@@ -36,14 +34,9 @@ from hfkd.meta import FeatureTrunk, LogitTrunk
 from hfkd.models.cifar_resnet import CifarResNetForImageClassification, cifar_resnet_config
 from hfkd.teachers import ModelTeacher
 from hfkd.testing import tiny_tokenizer
+from hfkd.trainers.meta_check import refuse_wrong_meta_rows
 
 HERE = Path(__file__).parent
-SCRIPT = str(HERE / "group_run.py")
-
-
-def started(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def assert_close(found, expected, tolerance=1e-9):
@@ -361,7 +354,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
     """With dropout: a coordinator or its moments that start anew make a resumed run another one, silently."""
     whole = group_trainer(tmp_path / "whole", {}, run, 0.2)
     whole.train()
-    killed = started([sys.executable, SCRIPT, str(tmp_path / "cut"), "--run", run, "--killed_at", "7"])
+    words = [str(tmp_path / "cut"), "--run", run, "--killed_at", "7"]
+    killed = launching.run(HERE / "group_run.py", *words, log=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     resumed = group_trainer(tmp_path / "cut", {"save_strategy": "steps", "save_steps": 3}, run, 0.2)
     resumed.train(resume_from_checkpoint=True)
@@ -372,8 +366,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run, tmp_path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = started([*launch, SCRIPT, str(output)])
+    done = launching.run(HERE / "group_run.py", str(output), log=output, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
@@ -502,6 +495,81 @@ def test_a_search_starts_every_trial_anew(tmp_path):
     assert_close(ends[1], ends[0], 0)
 
 
+def test_a_search_moves_the_coordinators_settings(tmp_path):
+    """Each trial would run with the learning rate of the trial before it, and the best one be reported of another."""
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    trainer = CollaborativeTrainer(
+        None,
+        CollaborativeArguments(output_dir=str(tmp_path), max_steps=1, report_to="none", save_strategy="no"),
+        train_dataset=rows(32),
+        eval_dataset=rows(8, 200),
+        processing_class=tiny_tokenizer(),
+        model_init=lambda: StudentGroup(students()),
+        teacher=ModelTeacher(classifier(7)),
+        coordinator=coordinator("reference"),
+        meta_dataset=rows(16, 100),
+    )
+    trainer.coordinator.double()
+    used, own = [], trainer._meta_step
+    trainer._meta_step = lambda *given: used.append(trainer._meta_optimizer.param_groups[0]["lr"]) or own(*given)
+    rates = [0.2, 0.4]
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"coordinator_learning_rate": rates[trial.number]},
+        compute_objective=lambda metrics: metrics["eval_loss"],
+        n_trials=2,
+        direction="minimize",
+        backend="optuna",
+    )
+    assert used == rates
+
+
+def test_scaled_gradients_are_unscaled_once_a_step(tmp_path):
+    """With fp16 every group of two students or more would stop in its first step: torch unscales once."""
+    trainer = group_trainer(tmp_path, {"max_steps": 1}, "constant")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.zeros(()))
+    trainer.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(trainer.optimizer.optimizer)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_rows_that_draw_leave_the_random_state_alone(tmp_path):
+    """Meta rows that are augmented as they are read would give students other dropout than without a coordinator."""
+
+    def draws(row):
+        torch.rand(1)
+        return row
+
+    trainer = group_trainer(tmp_path, {}, meta_dataset=rows(16, 100).with_transform(draws))
+    before = torch.get_rng_state()
+    trainer._meta_batch()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpointing_of_students_without_a_look_ahead(tmp_path):
+    """What the message about the look-ahead advises must run."""
+    settings = {"max_steps": 1, "gradient_checkpointing": True}
+    trainer = group_trainer(tmp_path, settings, "constant")
+    trainer.train()
+    assert all(
+        any(getattr(m, "gradient_checkpointing", False) for m in one.modules()) for _, one in trainer.model.items()
+    )
+
+
+def test_metrics_see_inputs_and_losses(tmp_path):
+    """Asked for by include_for_metrics; a metric per input would be computed on None."""
+    seen = []
+    trainer = group_trainer(
+        tmp_path,
+        {"include_for_metrics": ["inputs", "loss"]},
+        compute_metrics=lambda found: seen.append((len(found.inputs), len(found.losses))) or {"note": "text"},
+        eval_dataset=rows(16, 200),
+    )
+    trainer.evaluate()
+    assert seen == [(16, 16)] * 2
+
+
 # ---- bad input ----
 
 
@@ -514,6 +582,8 @@ def test_wrong_groups_are_refused():
         StudentGroup({"a": one, "b": one})
     with pytest.raises(ValueError, match="'x/y'"):
         StudentGroup({"x/y": one})
+    with pytest.raises(ValueError, match="'half'.*method"):
+        StudentGroup({"half": one})
     with pytest.raises(ValueError, match="one student or more"):
         StudentGroup({})
     other.config.id2label = {0: "x", 1: "y", 2: "z"}
@@ -528,6 +598,9 @@ def test_wrong_groups_are_refused():
     [
         ({"meta_dataset": None}, "meta_dataset="),
         ({"meta_dataset": rows(0)}, "meta_dataset="),
+        ({"meta_dataset": rows(8, 100).to_iterable_dataset()}, "of a known length"),
+        ({"meta_dataset": rows(8, 100).remove_columns("label")}, "no row of the meta set has a label"),
+        ({"meta_dataset": rows(8, 100).map(lambda row: {"label": -100})}, "no row of the meta set has a label"),
         ({"meta_dataset": rows(8)}, "the meta set and the training data share 8 rows"),
         ({"meta_dataset": rows(8, 200), "eval_dataset": rows(8, 204)}, "the evaluation data share 4 rows"),
         ({"meta_dataset": rows(8, 200), "eval_dataset": {"one": rows(8, 204)}}, "evaluation data 'one' share 4 rows"),
@@ -560,7 +633,8 @@ def test_wrong_inputs_are_refused(given, says, tmp_path):
         ({"meta_engine": "magic"}, "jvp"),
         ({"meta_order": "fused", "meta_engine": "double_backward"}, "reference only"),
         ({"optim": "adafactor"}, "Adafactor"),
-        ({"gradient_checkpointing": True}, "finite_difference"),
+        ({"gradient_checkpointing": True, "meta_engine": "finite_difference"}, "ConstantWeights"),
+        ({"bf16": True, "meta_engine": "finite_difference"}, "rounds the displacement"),
         ({"objective": "kd"}, "ConstantWeights"),
     ],
 )
@@ -568,6 +642,43 @@ def test_wrong_settings_are_refused(settings, says, tmp_path):
     """Found after hours, or never: a coordinator that cannot learn looks like one that has nothing to say."""
     with pytest.raises(ValueError, match=says):
         group_trainer(tmp_path, settings).train()
+
+
+def test_other_arguments_are_refused(tmp_path):
+    """A missing attribute of TrainingArguments does not say what to write instead."""
+    args = DistillationArguments(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="CollaborativeArguments, got DistillationArguments"):
+        CollaborativeTrainer(students(), args, train_dataset=rows(8), coordinator=ConstantWeights(task=1.0))
+
+
+def test_rows_are_compared_by_what_students_read(tmp_path):
+    """Numbers of rows that differ between two sets would hide that the rows do not."""
+    args = CollaborativeArguments(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="share 8 rows"):
+        CollaborativeTrainer(
+            students(),
+            args,
+            train_dataset=rows(32).add_column("idx", list(range(32))),
+            meta_dataset=rows(8).add_column("idx", list(range(100, 108))),
+            processing_class=tiny_tokenizer(),
+        )
+
+
+def test_every_process_has_a_meta_row():
+    """An empty batch on one process ends in the collator there, and in a wait without end on the others."""
+    refuse_wrong_meta_rows(rows(2), None, 2)
+    for meta, size in ((rows(1), None), (rows(8), 1)):
+        with pytest.raises(ValueError, match="1 rows leaves some of 2 processes"):
+            refuse_wrong_meta_rows(meta, size, 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"meta_order": "fused"}, {"meta_engine": "last_layer"}])
+def test_a_student_that_does_not_move_is_refused(settings, tmp_path):
+    """Its name is needed: torch says that a list is empty, after the teacher has been asked."""
+    made = students()
+    (made["large"].classifier if settings.get("meta_engine") else made["large"]).requires_grad_(False)
+    with pytest.raises(ValueError, match="large: no parameter is trained"):
+        group_trainer(tmp_path, settings, students=made).train()
 
 
 def test_kernels_without_a_derivative_are_refused(tmp_path):
@@ -604,3 +715,15 @@ def test_a_checkpoint_of_other_students_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"other students.*there.*here"):
             trainer.train(resume_from_checkpoint=True)
     assert json.loads((tmp_path / "checkpoint-6" / "group.json").read_text())["parts"] == ["task", "distill"]
+
+
+def test_a_checkpoint_is_resumed_by_the_same_order_and_coordinator(tmp_path):
+    """Students that change places get each other's weights and moments; a coordinator without its file starts anew."""
+    made = {"one": classifier(0, 16), "two": classifier(1, 16)}
+    group_trainer(tmp_path, {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}, students=made).train()
+    turned = group_trainer(tmp_path, {}, students=dict(reversed(made.items())))
+    with pytest.raises(ValueError, match="other students"):
+        turned.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-1" / "coordinator.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="coordinator.safetensors"):
+        group_trainer(tmp_path, {}, students=made).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -561,6 +561,11 @@ WRONG = {
     "share": ({"kd_alpha": 1.5}, "teacher's share"),
     "start": ({"warm_start": "hot"}, "--warm_start hot: choose ce or none"),
     "output": ({"coordinator_output": "tanh"}, "output must be one of sigmoid"),
+    "third loss": (
+        {"coordinator_output": "product", "pooled_student": True},
+        "the objective has task, distill, pooled",
+    ),
+    "precision": ({"meta_engine": "finite_difference", "bf16": True}, "meta_engine='jvp'"),
     "optimizer": ({"optim": "adafactor", "optim_args": None}, "knows SGD, Adam and AdamW, not"),
     "noise": ({"noise_rate": 1.0}, "--noise_rate is a share"),
     "interval": ({"coordinator_interval": 0}, "coordinator_interval must be 1 or more"),

@@ -129,6 +129,22 @@ def test_a_table_is_read_by_the_rows_number():
         WeightTable().build(STUDENTS, PARTS, 3, torch.tensor([1, 1]))
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.tensor([2, -100]), [[0, 0, 1], [0, 0, 0]]),
+        (torch.tensor([[0.2, 0.8, 0], [1, 0, 0]]), [[0.2, 0.8, 0], [1, 0, 0]]),
+    ],
+)
+def test_a_label_is_seen_as_it_is(labels, expected):
+    """A row without a label, mixup, or several labels stopped the run in the middle of torch; as class 0 it would lie."""
+    trunk, ones = LogitTrunk(["label"]), torch.eye(3)
+    trunk.build(1, 3)
+    trunk.layers = torch.nn.Linear(3, 3, bias=False)
+    trunk.layers.weight.data = ones
+    assert torch.equal(trunk({"labels": labels}, None, None), torch.tensor(expected).float())
+
+
 def test_the_default_reads_what_the_students_read():
     """A coordinator of images for texts would fail in the middle of torch."""
     assert isinstance(trunk_for(tiny_roberta_config(), ["input_ids", "label"]), TextTrunk)

@@ -108,6 +108,10 @@ class StudentGroup(nn.Module):
         prefix = f"students.{name}.{fitting[-1]}."
         return {key: p for key, p in self.parameters_of(name).items() if key.startswith(prefix)}
 
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        for _, student in self.items():
+            student.activation_checkpointing_enable(**settings)
+
     def floating_point_ops(self, inputs: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
         return sum(student.floating_point_ops(inputs, exclude_embeddings) for _, student in self.items())
 
@@ -149,11 +153,12 @@ def refuse_wrong_names(names: list[str]) -> None:
         raise ValueError("a group needs one student or more")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two students are called {', '.join(twice)}: metrics and folders go by name")
-    reserved = {"mean"}  # eval_mean_accuracy is the mean over students
+    reserved = {"mean", *dir(nn.ModuleDict())}  # eval_mean_accuracy is the mean over students; half is a method
     odd = [name for name in names if name in reserved or not name.replace("_", "").replace("-", "").isalnum()]
     if odd:
         raise ValueError(
-            f"students cannot be called {', '.join(map(repr, odd))}: use letters, digits, - and _, and not 'mean'"
+            f"students cannot be called {', '.join(map(repr, odd))}: use letters, digits, - and _, but not 'mean' "
+            "and no method of a torch module"
         )
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,12 @@ from hfkd.records import read_json, write_json
 from hfkd.trainers.arguments import CollaborativeArguments
 from hfkd.trainers.checkpoints import load_student
 from hfkd.trainers.distillation import DistillationTrainer
-from hfkd.trainers.meta_check import refuse_shared_meta_rows, refuse_unknown_kernels, refuse_wrong_group
+from hfkd.trainers.meta_check import (
+    refuse_shared_meta_rows,
+    refuse_unknown_kernels,
+    refuse_wrong_group,
+    refuse_wrong_meta_rows,
+)
 
 GROUP_FILE = "group.json"
 WEIGHTS_FILE = "coordinator.safetensors"
@@ -147,12 +152,9 @@ class CollaborativeTrainer(DistillationTrainer):
     def _set_coordinator(self, coordinator: Coordinator | None, meta_dataset: Any) -> None:
         group, columns = self.model, list(getattr(self.train_dataset, "column_names", None) or ())
         learned = coordinator is None or coordinator.learns
-        if learned and (meta_dataset is None or not len(meta_dataset)):
-            raise ValueError(
-                "a coordinator that learns is judged on held-out rows: pass meta_dataset=... (cut from the training data, "
-                "apart from the evaluation data), or coordinator=ConstantWeights(task=0.5, distill=0.5)"
-            )
         with torch.random.fork_rng():  # else the students' dropout would depend on who weights their examples
+            if learned:
+                refuse_wrong_meta_rows(meta_dataset, self.args.meta_batch_size, self.accelerator.num_processes)
             torch.manual_seed(self.args.seed)
             self.coordinator = coordinator or CNet(trunk_for(group.config, columns))
             if "example_id" in self.coordinator.columns:
@@ -169,7 +171,8 @@ class CollaborativeTrainer(DistillationTrainer):
         self._coordinator_start = copy.deepcopy(self.coordinator.state_dict())
         self._meta_optimizer = self._new_meta_optimizer()
         refuse_unknown_kernels(group, self.args)
-        refuse_shared_meta_rows(meta_dataset, self.train_dataset, self.eval_dataset)
+        read = group.forward_names | set(getattr(self.data_collator, "columns", ()))
+        refuse_shared_meta_rows(meta_dataset, self.train_dataset, self.eval_dataset, read)
         self.meta_dataset = numbered_for(self._eval_collator, meta_dataset) if self.keyed else meta_dataset
         self._meta_rows = self.meta_dataset
         if hasattr(self.meta_dataset, "column_names"):
@@ -190,6 +193,8 @@ class CollaborativeTrainer(DistillationTrainer):
             kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(self._parameter_groups(), **settings)
         if self._meta_optimizer is not None:
+            if getattr(self, "_trial", None) is not None:  # a search has changed the arguments since
+                self._meta_optimizer = self._new_meta_optimizer()
             self._inner_step()  # an optimizer that cannot be looked ahead of is refused before the first step
         return super().create_optimizer(model)
 
@@ -207,9 +212,9 @@ class CollaborativeTrainer(DistillationTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Each student by its own norm: a large student's gradient must not shrink a small one's step."""
+        self.accelerator.unscale_gradients()  # fp16: accelerate's own clip does so too, and may only once a step
         self._norms = [
-            self.accelerator.clip_grad_norm_(student.parameters(), self.args.max_grad_norm)
-            for _, student in self.model.items()
+            nn.utils.clip_grad_norm_(student.parameters(), self.args.max_grad_norm) for _, student in self.model.items()
         ]
         return torch.stack(self._norms).norm()
 
@@ -250,7 +255,9 @@ class CollaborativeTrainer(DistillationTrainer):
         answer = self._answers.popleft() if self._answers else self._ask_teacher(inputs)
         fused = self._is_due and self.args.meta_order == "fused"
         state = random_state(self.args.device) if fused else None
-        outputs = model(**self.student_view(inputs, training=True))
+        # Other attention kernels of a GPU draw dropout in another way, and the look-ahead repeats this pass with MATH
+        with sdpa_kernel(SDPBackend.MATH) if fused and self.args.device.type != "cpu" else nullcontext():
+            outputs = model(**self.student_view(inputs, training=True))
         with torch.set_grad_enabled(fused):
             weights = self._weights(inputs, outputs.logits.detach(), answer)
         if fused:
@@ -334,16 +341,23 @@ class CollaborativeTrainer(DistillationTrainer):
     def _inner_step(self) -> InnerStep:
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         moving = self.model.last_layer_of if self.args.meta_engine == "last_layer" else self.model.parameters_of
-        return InnerStep(optimizer, [moving(name) for name in self.model.names], self.args.max_grad_norm or 0.0)
+        students = {name: moving(name) for name in self.model.names}
+        if still := [name for name, params in students.items() if not params]:
+            raise ValueError(
+                f"{', '.join(still)}: no parameter is trained that meta_engine {self.args.meta_engine!r} could look ahead with; "
+                "set requires_grad, leave the student out, or give coordinator=ConstantWeights(...)"
+            )
+        return InnerStep(optimizer, list(students.values()), self.args.max_grad_norm or 0.0)
 
     def _unclipped(self, step: InnerStep) -> Params:
         """The gradients before clipping, which has scaled them in place."""
         found: Params = {}
         for number, student in enumerate(step.students):
-            factor = 1.0
+            grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in student.items()}
             if self.args.max_grad_norm:
                 factor = (self.args.max_grad_norm / (self._norms[number] + 1e-6)).clamp(max=1.0)
-            found |= {name: torch.zeros_like(p) if p.grad is None else p.grad / factor for name, p in student.items()}
+                grads = {name: gradient / factor for name, gradient in grads.items()}
+            found |= grads
         return found
 
     def _training(self, losses: list[Losses], weights: list[Tensor], counts: Any) -> TrainingLoss:
@@ -379,8 +393,9 @@ class CollaborativeTrainer(DistillationTrainer):
         mine = drawn[self.accelerator.process_index :: world]
         collate = self.data_collator if self.args.meta_augmentation else self._eval_collator
         # All at once where the rows can: one by one they cost more than the meta step of a small group
-        shown = rows.__getitems__(mine.tolist()) if hasattr(rows, "__getitems__") else [rows[int(i)] for i in mine]
-        return self._prepare_inputs(collate(shown))
+        with self._seeded("meta", 1)():  # a transform of the rows may draw
+            shown = rows.__getitems__(mine.tolist()) if hasattr(rows, "__getitems__") else [rows[int(i)] for i in mine]
+            return self._prepare_inputs(collate(shown))
 
     def _logits(self, params: Params, inputs: Batch, draw: Callable[[], Any]) -> Tensor:
         """The group's logits at these parameters, in training mode; the group's own weights and statistics stay as they are."""
@@ -434,7 +449,8 @@ class CollaborativeTrainer(DistillationTrainer):
         assert self._metrics_of_one is not None
         named = {}
         for k, name in enumerate(self.model.names):
-            one = EvalPrediction(np.asarray(prediction.predictions)[:, k], prediction.label_ids)
+            own = np.asarray(prediction.predictions)[:, k]
+            one = EvalPrediction(own, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
             named[name] = self._metrics_of_one(one)
         found = {f"{name}_{key}": value for name, metrics in named.items() for key, value in metrics.items()}
         shared = set.intersection(*(set(metrics) for metrics in named.values()))
@@ -495,14 +511,14 @@ class CollaborativeTrainer(DistillationTrainer):
         if not isinstance(theirs, dict):
             raise ValueError(f"{folder.name} holds no {GROUP_FILE}: it is no checkpoint of a group of students")
         for key, value in ours.items():
-            if theirs.get(key) != value:
+            if json.dumps(theirs.get(key)) != json.dumps(value):  # the students' order counts: C-Net's outputs have it
                 raise ValueError(
                     f"{folder.name} was written with other {key}: {json.dumps(theirs.get(key))} there, {json.dumps(value)} "
                     "here; start anew in another output_dir, or resume with those of the checkpoint"
                 )
         for name, student in self.model.items():
             load_student(student, folder / name)
-        if (folder / WEIGHTS_FILE).is_file():
+        if self.coordinator.state_dict():
             self.coordinator.load_state_dict(load_file(folder / WEIGHTS_FILE, device=str(self.args.device)))
 
     def _load_best_model(self) -> None:
