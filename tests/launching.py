@@ -28,7 +28,7 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 @dataclass
 class Done:
     returncode: int  # of the first process that failed; minus the signal that ended it
-    stderr: str
+    stderr: str  # all that was printed, also to stdout
 
 
 def started(

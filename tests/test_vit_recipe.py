@@ -4,11 +4,8 @@ import csv
 import gc
 import importlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 import image_hub
+import launching
 from hfkd.models.two_view import two_view_model
 from hfkd.models.two_view_mae import ViTMAEForPreTraining
 from hfkd.testing import tiny_roberta_config, tiny_vit_mae_config
@@ -442,19 +440,10 @@ def test_validation_rows_are_trained_on_where_nothing_is_chosen_by_them(recipe, 
 # ---- started as programs ----
 
 
-def command(*words):
-    return [sys.executable, str(RECIPE), *map(str, words)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def start(words, launcher=()):
-    words = [*launcher, *command(*words)[1:]] if launcher else command(*words)
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=400)
+def start(words, log, processes=1):
+    done = launching.run(RECIPE, *map(str, words), log=log, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stderr
 
 
 @pytest.mark.launch
@@ -462,18 +451,17 @@ def test_a_killed_run_goes_on_with_what_is_missing(inputs, tmp_path):
     """Rounds of days are stopped by schedulers; a resume that starts over, or ends elsewhere, costs them all."""
     words = {"max_steps": 60, "save_strategy": "steps", "save_steps": 5, "fine_tuning_seeds": 1, "fine_tuning_steps": 2}
     whole, killed = (flags(inputs, tmp_path / name, **words) for name in ("whole", "killed"))
-    start(whole)
-    with subprocess.Popen(
-        command(*killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as run:
-        deadline = time.monotonic() + 300
-        while not list((tmp_path / "killed" / "round-1").glob("checkpoint-*/whole*")):
-            assert run.poll() is None and time.monotonic() < deadline, "it never came to a checkpoint of round 1"
-            time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
+    start(whole, tmp_path / "log")
+    (run,) = launching.started(RECIPE, *map(str, killed), log=tmp_path / "log")
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed" / "round-1").glob("checkpoint-*/whole*")):
+        assert run.is_alive() and time.monotonic() < deadline, "it never came to a checkpoint of round 1"
+        time.sleep(0.02)
+    run.kill()
+    run.join()
     assert not (tmp_path / "killed" / "round-1" / "done.json").exists(), "it was killed in the middle of round 1"
     first = (tmp_path / "killed" / "round-0" / "model.safetensors").stat().st_mtime_ns
-    start([*killed, "--resume_from_checkpoint", "True"])
+    start([*killed, "--resume_from_checkpoint", "True"], tmp_path / "log")
     assert (tmp_path / "killed" / "round-0" / "model.safetensors").stat().st_mtime_ns == first
     for round in ("round-0", "round-1"):
         one, two = (weights(tmp_path / name / round) for name in ("whole", "killed"))
@@ -486,9 +474,8 @@ def test_two_processes_equal_one(inputs, tmp_path):
     """Two silent single-process runs, or a loss scaled by the number of processes, look fine until they are compared."""
     # Dropout is drawn by each process for its own rows
     same = {"fine_tuning_dropout": 0, "fine_tuning_warmup_steps": 0}
-    start(flags(inputs, tmp_path / "one", **same))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    printed = start(flags(inputs, tmp_path / "two", per_device_train_batch_size=4, **same), torchrun)
+    start(flags(inputs, tmp_path / "one", **same), tmp_path / "log")
+    printed = start(flags(inputs, tmp_path / "two", per_device_train_batch_size=4, **same), tmp_path / "log", 2)
     assert printed.count("| stage |") == 1, "only one process reports"
     for round in ("round-0", "round-1"):
         one, two = (weights(tmp_path / name / round) for name in ("one", "two"))
