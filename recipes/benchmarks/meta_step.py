@@ -1,6 +1,6 @@
 """What a coordinator costs: hfkd's look-ahead beside the released algorithm of MC-Distil, and beside plain KD.
 
-    OMP_NUM_THREADS=1 python recipes/benchmarks/meta_step.py              # one core, no network, 10 minutes
+    OMP_NUM_THREADS=1 python recipes/benchmarks/meta_step.py              # one core, no network, 12 minutes
     OMP_NUM_THREADS=1 python recipes/benchmarks/meta_step.py --quick      # 4 minutes, and wider spreads
 
 Two settings: `image` (ResNet10-s from ResNet10-l, 200 images of 32 x 32, 100 classes) and `text` (RoBERTa 4 layers x 256
