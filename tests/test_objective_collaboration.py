@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers.utils import ModelOutput
 
 from hfkd import KD, Collaboration, CrossEntropy, MutualLearning, TeacherOutput
-from hfkd.models.student_group import with_weights
+from hfkd.outputs import with_entry
 
 NAMES = ("a", "b", "c")
 
@@ -83,7 +83,7 @@ def test_weights_and_names_belong_together():
     """A term under the wrong student's name is a table of wrong numbers."""
     logits, teacher, labels = case()
     objective, weights = met(Collaboration()), torch.rand(4, 3, 2, dtype=torch.float64)
-    outputs = with_weights(ModelOutput(logits=logits), weights)
+    outputs = with_entry(ModelOutput(logits=logits), "weights", weights)
     terms = objective(outputs, TeacherOutput(logits=teacher), {"labels": labels})
     assert list(terms) == [f"{name}_{part}_loss" for name in NAMES for part in ("task", "distill")]
     assert terms.keys() == objective.count({"labels": labels}).keys()

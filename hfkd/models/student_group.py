@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hfkd.outputs import with_entry
-
 
 class StudentGroup(nn.Module):
     """Classifiers of any architecture and size for the same labels and the same inputs, each under a name of its own.
@@ -114,11 +112,6 @@ class StudentGroup(nn.Module):
 
     def floating_point_ops(self, inputs: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
         return sum(student.floating_point_ops(inputs, exclude_embeddings) for _, student in self.items())
-
-
-def with_weights(outputs: ModelOutput, weights: Tensor) -> ModelOutput:
-    """The group's answer with the weights that its objective reads."""
-    return with_entry(outputs, "weights", weights)
 
 
 def names_of(student: Any) -> set[str]:

@@ -23,10 +23,10 @@ from hfkd.data.rows import numbered_for
 from hfkd.functional import labelled_units
 from hfkd.lookahead import InnerStep, Losses, Params, TrainingLoss, along, outer_gradient, weight_gradients
 from hfkd.meta import CNet, Coordinator, trunk_for
-from hfkd.models.student_group import StudentGroup, with_weights
+from hfkd.models.student_group import StudentGroup
 from hfkd.objectives.collaboration import Collaboration, GroupObjective, task_losses
 from hfkd.objectives.objective import Objective
-from hfkd.outputs import Batch, TeacherOutput
+from hfkd.outputs import Batch, TeacherOutput, with_entry
 from hfkd.records import read_json, write_json
 from hfkd.trainers.arguments import CollaborativeArguments
 from hfkd.trainers.checkpoints import load_student
@@ -263,7 +263,7 @@ class CollaborativeTrainer(DistillationTrainer):
         if fused:
             self._seen.append(_Seen(inputs, answer, state, weights))
         self._last_weights = weights.detach()
-        return answer, with_weights(outputs, self._last_weights)
+        return answer, with_entry(outputs, "weights", self._last_weights)
 
     def _weights(self, inputs: Batch, logits: Tensor | None, answer: TeacherOutput | None) -> Tensor:
         """(examples, students, losses). Raises ValueError where they are not finite (checked on the CPU: no host waits)."""
