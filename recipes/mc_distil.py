@@ -1,7 +1,7 @@
 """MC-Distil: students of different sizes learn together from one teacher, each example with weights of its own (TMLR 2025).
 
     accelerate launch recipes/mc_distil.py                     # embedded digits, no network, 10 minutes or less
-    accelerate launch recipes/mc_distil.py --profile study     # 4 students, every method, wrong labels, 45 minutes
+    accelerate launch recipes/mc_distil.py --profile study     # 4 students, every method, wrong labels, 60 minutes
     accelerate launch recipes/mc_distil.py --config recipes/configs/mc_distil_movies.yaml    # texts, no network
     accelerate launch recipes/mc_distil.py --config recipes/configs/mc_distil_cifar100.yaml  # the released code's values
     accelerate launch recipes/mc_distil.py --search 8 --methods kd mc_distil                 # the paper's grid, by optuna
