@@ -1,7 +1,7 @@
 """Where students leave their teachers (Nagarajan et al. 2023, arXiv 2301.12923): slopes of logit-logit plots, and what they gain.
 
     accelerate launch recipes/deviations.py                       # embedded digits and sentences, 8 minutes or less
-    accelerate launch recipes/deviations.py --profile study       # 3 seeds, more settings, 30 minutes or less on one core
+    accelerate launch recipes/deviations.py --profile study       # 3 seeds, more settings, 60 minutes or less on one core
     accelerate launch recipes/deviations.py --settings deviations_mnist.yaml deviations_mnist_noisy.yaml --temperature 8
     accelerate launch recipes/deviations.py --settings distill_text_mnli.yaml distill_text_imdb.yaml        # the paper's
     accelerate launch recipes/deviations.py --config recipes/configs/deviations_paper_images.yaml           # text: _text
