@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import launching
+
 BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
 SIZES = {"steps": 1, "batch_size": 2, "length": 16, "hidden_size": 32, "num_layers": 1, "vocab_size": 100}
 TINY = [*(f"--{name}={value}" for name, value in SIZES.items()), "--device=cpu"]
@@ -68,10 +70,10 @@ def test_the_look_ahead_benchmark_compares_sides_that_agree(tmp_path):
     tiny = ["--student", "resnet10-xxxs", "--teacher", "resnet10-xxs", "--encoder", "1", "32", "--vocab_size", "100"]
     short = ["--length", "12", "--image_batch_size", "4", "--text_batch_size", "4", "--overhead_batch_sizes", "4", "4"]
     fewest = ["--repeats", "1", "--runs", "1", "--steps", "20", "--json", str(path)]
-    command = [sys.executable, str(BENCHMARKS / "meta_step.py"), *tiny, *short, *fewest]
     found = {}
     for part in (["--only", "work", "overhead", "group"], ["--only", "memory", "--setting", "text"]):
-        subprocess.run([*command, *part], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        done = launching.run(BENCHMARKS / "meta_step.py", *tiny, *short, *fewest, *part, log=tmp_path / "log")
+        assert done.returncode == 0, done.stderr[-3000:]
         found |= json.loads(path.read_text())
     for setting in ("image", "text"):
         sides, apart = found["work"][setting]["seconds"], found["work"][setting]["differences"]
