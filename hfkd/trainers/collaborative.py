@@ -310,7 +310,7 @@ class CollaborativeTrainer(DistillationTrainer):
             weights.append(self._weights(batch, logits, answer))
         losses = [self._losses(*seen) for seen in zip(batches, answers, draws, strict=True)]
         training = self._training(losses, weights, counts)
-        engine = "jvp" if self.args.meta_engine == "last_layer" else self.args.meta_engine
+        engine = self.args.meta_engine
         self._move_coordinator(weights, weight_gradients(engine, training, self._validation(), params, step))
         self.meta_seconds += time.perf_counter() - started
         return batches
@@ -331,8 +331,7 @@ class CollaborativeTrainer(DistillationTrainer):
             direction = step.pull_back(step.before, self._unclipped(step), outer, stepped=True)
         losses = [self._losses(one.inputs, one.answer, one.draw(self)) for one in seen]
         training = self._training(losses, [one.weights for one in seen], self._counts)
-        engine = "finite_difference" if self.args.meta_engine == "finite_difference" else "jvp"
-        gradients = along(engine, training, step.before, direction)
+        gradients = along(self.args.meta_engine, training, step.before, direction)
         self._move_coordinator([one.weights for one in seen], gradients)
         self._fused_step = None  # the copy of the parameters goes with it
         seen.clear()
@@ -464,11 +463,9 @@ class CollaborativeTrainer(DistillationTrainer):
         assert self._preprocess_one is not None
         return torch.stack([self._preprocess_one(one, labels) for one in logits.unbind(1)], dim=1)
 
-    def _record_agreement(self, outputs: Any, answer: TeacherOutput, inputs: Batch) -> None:
-        usual = outputs.logits
-        for k, name in enumerate(self.model.names):
-            self._agreement_name = f"{name}_agreement"
-            super()._record_agreement(type(outputs)(logits=usual[:, k]), answer, inputs)
+    def _record_agreement(self, outputs: Any, answer: TeacherOutput, inputs: Batch, name: str = "agreement") -> None:
+        for student, logits in zip(self.model.names, outputs.logits.unbind(1), strict=True):
+            super()._record_agreement(type(outputs)(logits=logits), answer, inputs, f"{student}_{name}")
 
     # ---- save and resume ----
 

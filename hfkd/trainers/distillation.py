@@ -97,7 +97,6 @@ class DistillationTrainer(TermTrainer):
     train_dataset: Any
     teacher: Teacher | None
     _same_labels = True
-    _agreement_name = "agreement"
     round = 0
 
     def __init__(
@@ -443,7 +442,7 @@ class DistillationTrainer(TermTrainer):
     def _asks_in_evaluation(self) -> bool:
         return bool(getattr(self.args, "eval_teacher", False)) and self.teacher is not None
 
-    def _record_agreement(self, outputs: Any, answer: TeacherOutput, inputs: Batch) -> None:
+    def _record_agreement(self, outputs: Any, answer: TeacherOutput, inputs: Batch, name: str = "agreement") -> None:
         """Share of units for which both sides predict one class; multi-label: share of labels."""
         if not self._same_labels or answer.logits is None or "labels" not in inputs:
             return
@@ -454,7 +453,6 @@ class DistillationTrainer(TermTrainer):
             same = ((outputs.logits > 0) == (answer.logits > 0)).float().mean(-1)
         else:
             return  # two numbers never agree exactly; distill_loss is their distance
-        name = self._agreement_name
         self._record_evaluation({name: same}, {name: units.sum()}, asked=True)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
