@@ -442,3 +442,12 @@ def tiny_rows(count: int, *, length: int = 12, vocab_size: int = 50, seed: int =
         ids = [0, *torch.randint(5, vocab_size, (n,), generator=generator).tolist(), 2]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "example_id": i})
     return rows
+
+
+def __getattr__(name: str) -> Any:
+    """`HubServer`, which needs starlette and uvicorn: imported by whoever asks for it."""
+    if name == "HubServer":
+        from hfkd.hub_server import HubServer
+
+        return HubServer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,3 +25,12 @@ def quiet_transformers():
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub of its own for each test; `with hub.connected():` makes this process use it."""
+    from hfkd.hub_server import HubServer
+
+    with HubServer(tmp_path / "hub") as server:
+        yield server
