@@ -1,364 +1,375 @@
-"""Model cards: facts, then a template; and the only place that imports huggingface_hub.
+"""Publishing to the Hugging Face Hub, and pulling from it: the only file of hfkd that talks to a network.
 
-Everything that reaches a card passes through `redact` first, because the strings of a run (commands, settings, names of
-checkpoints) carry local paths and tokens, and a card is public the moment it is pushed.
+What goes up and what comes down is the allow-list of `hfkd.publishable`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
+import glob
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib import resources
-from numbers import Number
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-REMOVED = "[removed]"
-TAGS = ("knowledge-distillation", "hfkd", "self-distillation")
+from hfkd.cards import metadata_of
+from hfkd.manifest import MANIFEST_FILE, read_manifest
+from hfkd.publishable import ALLOWED, allowed_files, check_folder, is_allowed, odd_files
+from hfkd.records import file_hash
+
+__all__ = ["ALLOWED", "Link", "Published", "allowed_files", "check_access", "is_private", "lineage", "publish", "pull"]
 
 
-@dataclass
-class CardFacts:
-    """What a card may say. Every field is optional: the template leaves out the sections it has no facts for.
+@dataclass(frozen=True)
+class Published:
+    """Where it lies. commit: that of the upload, or the last one where nothing had changed."""
 
-    `rounds` holds one dict per stage after the start, in order: `name`, and any of `distance` (L2, to the start's
-    weights), `losses` (name to value), `hash`. `results` holds one dict per table row: `stage`, `metric`, `mean`, and
-    any of `std`, `seeds`, `train_loss`, `test_loss`, `gap`, `dataset`; scores are fractions, not percentages. `stage`
-    names the row that is this model: only its scores enter the metadata, or a baseline's score would be claimed.
-    `fidelity` is `FidelityReport.to_dict()` of `hfkd.diagnostics.report`, with `figures`, a list of file names beside the
-    card, where there are any.
+    repo_id: str
+    url: str
+    revision: str
+    commit: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One model of a lineage. role: "student", "teacher" or "start". objective: what it was trained with; weights: the sha256
+    that its student's manifest has of it; "" where nobody says. found: there is such a folder or repository."""
+
+    repo_id: str
+    revision: str
+    role: str
+    objective: str
+    weights: str
+    found: bool
+
+
+# ---- may this be uploaded there? ----
+
+
+def check_access(
+    repo_id: str, *, token: str | None = None, private: bool | None = None, repo_type: str = "model"
+) -> str:
+    """The whole name, "user/name", of a repository that this token may write to, whether or not it is there already.
+
+    Raises ConnectionError without a network and in offline mode; PermissionError without a token, for one that is wrong or may
+    only read, and for a repository of somebody else; ValueError for a name that the Hub refuses, and with private=True for
+    a repository that is public.
     """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    student: str = ""
-    repo_id: str = ""
-    start: str = ""
-    start_revision: str = ""
-    teacher: str = ""
-    teacher_revision: str = ""
-    datasets: list[str] = field(default_factory=list)
-    objective: str = ""
-    equation: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
-    stage: str = ""
-    score_task: str = "text-classification"
-    fidelity: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    citations: list[str] = field(default_factory=lambda: ["2210.02871"])
-    limits: list[str] = field(default_factory=list)
-    language: str | list[str] = ""
-    license: str = ""
-    tags: list[str] = field(default_factory=list)
-    library_name: str = "transformers"
-    pipeline_tag: str = "fill-mask"
-
-
-def render_card(facts: CardFacts, template: str = "self_distilled_encoder.md") -> str:
-    """The card's text: YAML metadata, then the rendered template. `FileNotFoundError` lists the known templates."""
-    import jinja2
-
-    clean = _redacted(facts)
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template_source),
-        undefined=jinja2.StrictUndefined,  # a misspelt fact is an error here, not a hole in a published card
-        autoescape=False,  # Markdown, not HTML
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(cell=_cell, number=_number, flat=_flat)
-    text = environment.get_template(template).render(
-        facts=clean,
-        metadata=_metadata(facts, clean),
-        results=[_with_gap(row) for row in clean.results],
-        loss_names=_unique(name for row in clean.rounds for name in row.get("losses") or {}),
-        citations=[_citation_or_link(identifier) for identifier in clean.citations],
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-
-
-def write_card(
-    facts: CardFacts, directory: str | os.PathLike[str], template: str = "self_distilled_encoder.md"
-) -> Path:
-    """Write `README.md` into `directory`: whole or not at all, so that a killed run never publishes half a card."""
-    text = render_card(facts, template)
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".README.md.{os.getpid()}.tmp"
+    if not repo_id:
+        raise ValueError("the repository has no name: give one, such as hub_model_id='user/name'")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / "README.md")
-    finally:
-        temporary.unlink(missing_ok=True)
-    return folder / "README.md"
-
-
-# ---------------------------------------------------------------------------------------------------------- redaction
-
-# What ends a path in running text. ":" is one, for lists of folders and for line numbers after a file.
-_PATH = r"""(?:\\\ |[^\s"'`<>|,;:()\[\]{}*?])*"""
-_ABSOLUTE = re.compile(
-    rf"""
-    (?P<url>\b(?!file:)[a-z][a-z0-9+.-]*://[^\s"'<>,;=]*)        # kept; "=" ends it: ?path=/home/... is a path again
-  | (?P<tag></\w+>)                                              # kept: "</s>" is a token of many tokenizers
-  | (?P<quoted>(?<=["'])(?:file:)?(?:/|~/|[A-Za-z]:[\\/])[^"'\n]+(?=["']))     # quotes may hold blanks
-  | (?P<path>
-        \bfile:/+{_PATH}
-      | (?<![\w.~)\]}}|/\\])/+(?=[^\s/]){_PATH}                  # "org/name", "1/n", "(a)/b", "../x" are no local paths
-      | (?<!\w)~\w*/{_PATH}
-      | (?<![A-Za-z])[A-Za-z]:[\\/]{_PATH}
-      | \\\\\w[\w.-]*\\{_PATH}                                   # a Windows share; "\\frac" in an equation has no third
-    )
-    """,
-    re.VERBOSE,
-)
-_HOME = re.compile(r"/root|/(?:home|Users)/[^/]+|[A-Za-z]:/Users/[^/]+|~\w*", re.IGNORECASE)
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")  # https://name:password@host
-_TOKEN = re.compile(r"hf_\w{8,}|wandb_v\d+_\w{8,}")
-_SECRET_NAME = re.compile(
-    r"api[_-]?key|(?:hf|hub|auth|access)[_-]?token|wandb[_-]?key|secret|password|^token$", re.IGNORECASE
-)
-_SECRET = re.compile(
-    r"""(?P<name>
-        --?(?:token|[\w-]*(?:api[_-]?key|(?:hf|hub|auth|access)[_-]token|wandb[_-]key|secret|password))(?:\s+|=)
-      | [\w.-]*(?:api[_-]?key|(?:hf|hub|auth|access)[_-]?token|wandb[_-]?key|secret|password)["']?\s*[=:]\s*
-    )["']?[^\s"',;}]+["']?""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_FORTY_HEX = re.compile(r"(?<![0-9A-Za-z])[0-9a-f]{40}(?![0-9A-Za-z])")  # a W&B key, or a commit: the name decides
-_HASH_NAME = re.compile(r"(?:revision|commit|hash|sha\d*|tree|blob|resolve|@)\W{0,4}$", re.IGNORECASE)
-
-
-def redact(text: str, *, keep_hashes: bool = False) -> str:
-    """`text` without local paths (their last component stays), home or working folder, tokens and keys.
-
-    Forty hexadecimal digits are a W&B key or a commit: they stay after a word such as "revision" or "commit", and with
-    `keep_hashes`. An absolute path is what starts with a slash after something that is no word: " /n" reads as a path
-    in an equation, " / n" does not.
-    """
-    for secret in _secrets_of_the_environment():
-        text = text.replace(secret, REMOVED)
-    text = _SECRET.sub(lambda found: found["name"] + REMOVED, text)
-    text = _TOKEN.sub(REMOVED, _CREDENTIALS.sub("", text))
-    if not keep_hashes:
-        text = _FORTY_HEX.sub(lambda found: found[0] if _HASH_NAME.search(text[: found.start()]) else REMOVED, text)
-    for folder in _own_folders():
-        # Known folders go first and whole: a blank inside them would end a path in the pattern below.
-        text = re.sub(re.escape(folder) + rf"(?![\w-]|\.\w)(?:[/\\]{_PATH})?", lambda found: _last(found[0]), text)
-    return _ABSOLUTE.sub(lambda found: found[0] if found["url"] or found["tag"] else _last(found[0]), text)
-
-
-def _secrets_of_the_environment() -> Iterator[str]:
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
-        value = os.environ.get(name, "").strip()
-        if len(value) >= 8:
-            yield value
-
-
-def _own_folders() -> list[str]:
-    """Working and home folder, longest first. "/root" could be half of "org/root": left to the pattern."""
-    folders = {os.getcwd(), os.path.expanduser("~")}
-    folders |= {os.path.realpath(folder) for folder in folders}
-    return sorted((folder for folder in folders if len(Path(folder).parts) > 2), key=len, reverse=True)
-
-
-def _last(path: str) -> str:
-    """The last component of a path; a home folder's would be a person's name, the working folder's tells nothing."""
-    whole = path.removeprefix("file:").replace("\\ ", " ").replace("\\", "/").rstrip("/")
-    whole = re.sub(r"^/+", "/", whole)
-    if whole in {folder.replace("\\", "/") for folder in (os.path.expanduser("~"), os.getcwd())}:
-        return "~" if whole == os.path.expanduser("~").replace("\\", "/") else "."
-    return "~" if _HOME.fullmatch(whole) else whole.rsplit("/", 1)[-1]
-
-
-def _redacted(facts: CardFacts) -> CardFacts:
-    return CardFacts(**{item.name: _clean(getattr(facts, item.name), item.name) for item in dataclasses.fields(facts)})
-
-
-def _clean(value: Any, name: str = "") -> Any:
-    if value is not None and _SECRET_NAME.search(name):
-        return REMOVED
-    if value is None or isinstance(value, Number):
-        return value
-    if isinstance(value, Mapping):
-        return {redact(str(key)): _clean(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_clean(item, name) for item in value]
-    return redact(str(value), keep_hashes=_HASH_NAME.search(name) is not None)
-
-
-# ----------------------------------------------------------------------------------------------------------- metadata
-
-
-def _metadata(facts: CardFacts, clean: CardFacts) -> str:
-    """The YAML block. Names come from the facts as given: what is a local folder here is not a repository there."""
-    from huggingface_hub import ModelCardData
-
-    language = [clean.language] if isinstance(clean.language, str) else list(clean.language)
-    starts = _hub_ids([facts.start])
-    evaluation = _eval_results(clean)
-    return ModelCardData(
-        base_model=starts[0] if starts else None,
-        datasets=_hub_ids(facts.datasets) or None,
-        language=[code for code in language if code] or None,
-        library_name=clean.library_name or None,
-        license=clean.license or None,
-        pipeline_tag=clean.pipeline_tag or None,
-        tags=_unique([*TAGS, *clean.tags]),
-        model_name=(clean.student or clean.repo_id or "student") if evaluation else None,
-        eval_results=evaluation or None,
-    ).to_yaml()
-
-
-def _hub_ids(names: Iterable[str]) -> list[str]:
-    """The names that can be Hub ids: not paths, not folders of this machine."""
-    shape = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-    return [
-        name for name in map(str, names) if shape.fullmatch(name) and name == redact(name) and not os.path.isdir(name)
-    ]
-
-
-def _eval_results(clean: CardFacts) -> list[Any]:
-    from huggingface_hub import EvalResult
-
-    stage = clean.stage or (clean.results[-1].get("stage") if clean.results else None)
-    found = []
-    for row in clean.results:
-        dataset = row.get("dataset") or (clean.datasets[0] if clean.datasets else None)
-        mean = row.get("mean")
-        if row.get("stage") != stage or not dataset or mean is None or not math.isfinite(mean):
-            continue
-        metric = str(row.get("metric", "score"))
-        found.append(
-            EvalResult(
-                task_type=clean.score_task,
-                dataset_type=dataset,
-                dataset_name=dataset,
-                metric_type="f1" if metric.endswith("_f1") else metric,
-                metric_name=metric,
-                metric_value=float(mean),
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"the Hub refuses the name {repo_id!r}: {error}") from error
+    if constants.is_offline_mode():
+        raise ConnectionError(f"{repo_id} cannot be reached in offline mode: unset HF_HUB_OFFLINE, or do not push")
+    token = token or get_token()
+    if not token:
+        raise PermissionError(f"there is no token to write {repo_id} with: `hf auth login`, or set HF_TOKEN")
+    with one_sentence(f"nobody can tell whether {repo_id} may be written"):
+        account = HfApi(token=token).whoami()
+        repo_id = _own_name(repo_id, account)
+        if private and is_private(repo_id, token, repo_type) is False:
+            raise ValueError(
+                f"{repo_id} is public, and private=True was asked for: make it private, or choose another name"
             )
+    return repo_id
+
+
+def _own_name(repo_id: str, account: dict[str, Any]) -> str:
+    user, organisations = account["name"], [entry["name"] for entry in account.get("orgs") or []]
+    owner, name = repo_id.split("/") if "/" in repo_id else (user, repo_id)
+    if (account.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise PermissionError(f"the token of {user} may only read: make one that may write to {owner}/{name}")
+    if owner not in (user, *organisations):
+        others = f" and the organisations {', '.join(organisations)}" if organisations else ""
+        raise PermissionError(f"{repo_id} belongs to {owner}; the token is that of {user}{others}")
+    return f"{owner}/{name}"
+
+
+def is_private(repo_id: str, token: str | None = None, repo_type: str = "model") -> bool | None:
+    """None: it is not on the Hub, or nobody can tell (no network, or this token cannot see it)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return bool(HfApi(token=token).repo_info(repo_id, repo_type=repo_type).private)
+    except (HTTPError, OSError, ValueError):  # ValueError: no name that a repository can have
+        return None
+
+
+# ---- up ----
+
+
+def publish(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    repo_type: str = "model",
+    message: str | None = None,
+    name_private_teacher: bool = False,
+    in_progress: bool = False,
+) -> Published:
+    """Upload the allow-list of `folder` in one commit: after it the repository holds all of it, before it nothing.
+
+    revision: a branch, made where it is missing. private: None leaves an existing repository as it is. in_progress: the card
+    may lack what only the end of training knows. Files of an earlier upload that the folder no longer has are deleted; equal
+    content makes no new commit. After a failure the folder is whole, and a repeated call goes on: weights that arrived are
+    not sent again.
+
+    Raises ValueError, before anything is sent, for what `hfkd.publishable.check_folder` refuses and for a private teacher
+    that card and manifest name; what `check_access` raises; and ConnectionError or PermissionError for an upload that failed.
+    """
+    from huggingface_hub import get_token
+
+    folder = Path(folder)
+    secrets = [secret for secret in (token, get_token()) if secret]
+    files = check_folder(folder, repo_type=repo_type, secrets=secrets, in_progress=in_progress)
+    if not name_private_teacher:
+        refuse_named_private_teacher(folder, token)
+    repo_id = check_access(repo_id, token=token, private=private, repo_type=repo_type)
+    with one_sentence(
+        f"{folder} is not published as {repo_id}; it is whole, and the same call goes on where this one ended"
+    ):
+        commit = _upload(folder, files, repo_id, revision, private, token, repo_type, message or "Upload with hfkd")
+    return Published(repo_id, _url(repo_id, revision, repo_type), revision or "main", commit, tuple(files))
+
+
+def refuse_named_private_teacher(folder: Path, token: str | None = None) -> None:
+    teacher = (read_manifest(folder) or {}).get("teacher") or {}
+    names = {name for name in (teacher.get("repo"), teacher.get("id")) if name}
+    for name in sorted(names):
+        if teacher.get("private") or ("/" in name and is_private(name, token)):
+            raise ValueError(
+                f"the teacher {name} is private, and the card and {MANIFEST_FILE} name it: write them with "
+                "card_facts.teacher_private=True, which hides it, or pass name_private_teacher=True to name it"
+            )
+
+
+def _upload(
+    folder: Path,
+    files: list[str],
+    repo_id: str,
+    revision: str | None,
+    private: bool | None,
+    token: str | None,
+    repo_type: str,
+    message: str,
+) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+    if revision not in (None, "main"):
+        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    there = api.list_repo_files(repo_id, revision=revision, repo_type=repo_type)
+    gone = [path for path in there if is_allowed(path, repo_type) and path not in files]
+    # create_commit, and not upload_folder, which makes several commits where hf_xet is installed
+    done = api.create_commit(
+        repo_id,
+        operations=[
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files),
+            *(CommitOperationDelete(path_in_repo=name) for name in gone),
+        ],
+        commit_message=message,
+        revision=revision,
+        repo_type=repo_type,
+    )
+    return done.oid
+
+
+def _url(repo_id: str, revision: str | None, repo_type: str) -> str:
+    from huggingface_hub import constants
+
+    kind = "datasets/" if repo_type == "dataset" else ""
+    branch = f"/tree/{revision}" if revision not in (None, "main") else ""
+    return f"{constants.ENDPOINT}/{kind}{repo_id}{branch}"
+
+
+# ---- down ----
+
+
+def pull(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    repo_type: str = "model",
+) -> Path:
+    """Download the allowed files into the cache of huggingface_hub, or into `folder`; returns where they lie.
+
+    Every file is compared with the Hub's hash of it, and those that `teacher_manifest.json` names with the manifest's. Without
+    a network: what the cache has.
+
+    Raises ConnectionError where it cannot be reached and is not in the cache, ValueError for a repository, branch or commit
+    that is not there, PermissionError for one that the token may not read, and OSError, naming the files, for a download that
+    is corrupted; those files are deleted.
+    """
+    from huggingface_hub import snapshot_download
+
+    with one_sentence(f"{repo_id} cannot be pulled"):
+        remote = _remote_files(repo_id, revision, token, repo_type)
+        wanted = [name for name in remote if is_allowed(name, repo_type)] if remote else list(ALLOWED[repo_type])
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            repo_type=repo_type,
+            local_dir=None if folder is None else Path(folder),
+            allow_patterns=[glob.escape(name) for name in wanted] if remote else wanted,
+            local_files_only=remote is None,
         )
-    return found
+    path = Path(found)
+    manifest = read_manifest(path) or {}
+    odd = sorted({*(_unlike_the_hub(path, remote) if remote else []), *odd_files(path, manifest)})
+    for name in odd:
+        _delete(path / name)
+    if odd:
+        raise OSError(
+            f"the download of {repo_id} is corrupted: {', '.join(odd)} (sha256 differs, or missing). Deleted; pull again. If it "
+            f"stays so, {repo_id} was changed after {MANIFEST_FILE} was written"
+        )
+    return path
 
 
-# ---------------------------------------------------------------------------------------------- template and its words
+def _remote_files(repo_id: str, revision: str | None, token: str | None, repo_type: str) -> dict[str, Any] | None:
+    """Name to what the Hub knows of a file; None without a network."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if constants.is_offline_mode():
+        return None
+    try:
+        about: Any = HfApi(token=token).repo_info(repo_id, revision=revision, repo_type=repo_type, files_metadata=True)
+        return {file.rfilename: file for file in about.siblings or []}
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, ConnectionError):
+        return None
 
 
-def _template_source(name: str) -> str:
-    for folder in _template_folders():
-        if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8")
-    known = sorted(item.name for folder in _template_folders() if folder.is_dir() for item in folder.iterdir())
-    raise FileNotFoundError(f"no card template is called {name!r}; the known ones are {', '.join(known) or 'none'}")
+def _unlike_the_hub(path: Path, remote: dict[str, Any]) -> Iterator[str]:
+    from huggingface_hub.utils.sha import git_hash
+
+    for name, about in remote.items():
+        file = path / name
+        if file.is_file():
+            same = file_hash(file) == about.lfs.sha256 if about.lfs else git_hash(file.read_bytes()) == about.blob_id
+            if not same:
+                yield name
 
 
-def _template_folders() -> list[Any]:
-    """Inside an installed package, or, in a checkout, beside it."""
-    return [resources.files("hfkd") / "hub_cards", Path(__file__).resolve().parent.parent / "hub_cards"]
+def _delete(file: Path) -> None:
+    """In a cache a file is a link to its content, which has to go as well."""
+    file.resolve().unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
-def _cell(value: Any) -> str:
-    """One cell of a Markdown table: a bar or a line break would shift every later column."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+# ---- who taught whom ----
 
 
-def _number(value: Any, digits: int = 4) -> str:
-    return "-" if value is None else f"{float(value):.{digits}f}"
+def lineage(source: str | os.PathLike[str], *, token: str | None = None) -> list[Link]:
+    """The model, its teacher, the teacher's teacher and so on, as the manifests say; without one, the base model of the card.
+
+    source: a folder or a Hub id. Ends at a teacher that is hidden or was a local folder, at what is not found, and before what
+    came already.
+    """
+    links: list[Link] = []
+    link: Link | None = Link(str(source), "", "student", "", "", found=True)
+    while link and (link.repo_id, link.revision) not in [(before.repo_id, before.revision) for before in links]:
+        folder = _described(link, token) if link.found else None  # until now: whether it can be looked for
+        manifest = (read_manifest(folder) or {}) if folder else {}
+        role = link.role if links else manifest.get("role") or link.role
+        objective = (manifest.get("objective") or {}).get("name") or ""
+        links.append(replace(link, role=role, objective=objective, found=folder is not None))
+        link = _before(folder, manifest) if folder else None
+    return links
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)))
-    return rows
+def _before(folder: Path, manifest: dict[str, Any]) -> Link | None:
+    """Who taught it, or what it was before training. A teacher that was a local folder has a name, but no repository."""
+    if teacher := manifest.get("teacher"):
+        repo, name = teacher.get("repo") or "", teacher.get("id") or ""
+        known = {"revision": teacher.get("revision") or "", "weights": teacher.get("weights") or ""}
+        return Link(repo or name, role="teacher", objective="", found=bool(repo), **known)
+    card = folder / "README.md"
+    start = metadata_of(card.read_text(encoding="utf-8")).get("base_model") if card.is_file() else None
+    start = start[0] if isinstance(start, list) and start else start
+    return Link(start, "", "start", "", "", found=True) if isinstance(start, str) else None
 
 
-def _with_gap(row: Mapping[str, Any]) -> dict[str, Any]:
-    empty = dict.fromkeys(("stage", "metric", "mean", "std", "seeds", "train_loss", "test_loss", "gap"))
-    full: dict[str, Any] = {**empty, **row}
-    if full["gap"] is None and full["train_loss"] is not None and full["test_loss"] is not None:
-        full["gap"] = full["test_loss"] - full["train_loss"]
-    return full
+def _described(link: Link, token: str | None) -> Path | None:
+    """A folder with manifest and card of it; None where there is no such folder or repository, or no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    if Path(link.repo_id).is_dir():
+        return Path(link.repo_id)
+    try:
+        small = [MANIFEST_FILE, "README.md"]
+        return Path(snapshot_download(link.repo_id, revision=link.revision or None, token=token, allow_patterns=small))
+    except (HTTPError, OSError, ValueError):
+        return None
 
 
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+# ---- failures in one sentence ----
 
 
-# ---------------------------------------------------------------------------------------------------------- citations
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """What the clients of the Hub raise, as one sentence and one of three kinds."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-_PAPERS: dict[str, dict[str, str]] = {
-    "2210.02871": {
-        "kind": "inproceedings",
-        "key": "lee2023selfdistillation",
-        "title": "Self-Distillation for Further Pre-training of Transformers",
-        "author": "Lee, Seanie and Kang, Minki and Lee, Juho and Hwang, Sung Ju and Kawaguchi, Kenji",
-        "booktitle": "International Conference on Learning Representations",
-        "year": "2023",
-    },
-    "2106.10494": {
-        "kind": "article",
-        "key": "lukasik2022teacherspet",
-        "title": "Teacher's pet: understanding and mitigating biases in distillation",
-        "author": "Lukasik, Michal and Bhojanapalli, Srinadh and Menon, Aditya Krishna and Kumar, Sanjiv",
-        "journal": "Transactions on Machine Learning Research",
-        "year": "2022",
-    },
-    "2301.12923": {
-        "kind": "inproceedings",
-        "key": "nagarajan2023deviations",
-        "title": "On student-teacher deviations in distillation: does it pay to disobey?",
-        "author": "Nagarajan, Vaishnavh and Menon, Aditya Krishna and Bhojanapalli, Srinadh and Mobahi, Hossein "
-        "and Kumar, Sanjiv",
-        "booktitle": "Advances in Neural Information Processing Systems",
-        "year": "2023",
-    },
-    "2203.14649": {
-        "kind": "inproceedings",
-        "key": "kaplun2022badmodels",
-        "title": "Knowledge Distillation: Bad Models Can Be Good Role Models",
-        "author": "Kaplun, Gal and Malach, Eran and Nakkiran, Preetum and Shalev-Shwartz, Shai",
-        "booktitle": "Advances in Neural Information Processing Systems",
-        "year": "2022",
-    },
-    # No arXiv id is known for this one: it is asked for by the method's name.
-    "mc-distil": {
-        "kind": "article",
-        "key": "tambat2025unifiedwisdom",
-        "title": "Unified Wisdom: Harnessing Collaborative Learning to Improve Efficacy of Knowledge Distillation",
-        "author": "Tambat, Atharva Abhijit and S, Durga and Ramakrishnan, Ganesh and Shenoy, Pradeep",
-        "journal": "Transactions on Machine Learning Research",
-        "year": "2025",
-    },
-}
-
-_ARXIV = re.compile(r"\d{4}\.\d{4,5}(?:v\d+)?")
+    try:
+        yield
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        kind = PermissionError if isinstance(error, GatedRepoError) else ValueError
+        missing = "no such branch, tag or commit" if isinstance(error, RevisionNotFoundError) else "no such repository"
+        raise kind(f"{what}: {missing}, or this token cannot see it") from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(f"{what}: the Hub cannot be reached, and the cache does not have it") from error
+    except HfHubHTTPError as error:
+        raise _refusal(what, error) from error
+    except HTTPError as error:
+        raise ConnectionError(f"{what}: the connection failed ({type(error).__name__}: {error})") from error
+    except RuntimeError as error:  # of an upload that was cut
+        cause = error.__cause__
+        if isinstance(cause, HfHubHTTPError):
+            raise _refusal(what, cause) from error
+        raise ConnectionError(f"{what}: {_first_line(error)} ({_first_line(cause or error)})") from error
 
 
-def citation(arxiv_id: str) -> str:
-    """BibTeX of a paper that hfkd implements; `ValueError` lists the known ids ("mc-distil" has no arXiv id)."""
-    paper = _PAPERS.get(arxiv_id)
-    if paper is None:
-        raise ValueError(f"no citation is known for {arxiv_id!r}; the known ids are {', '.join(_PAPERS)}")
-    fields = {name: text for name, text in paper.items() if name not in ("kind", "key")}
-    if arxiv_id[0].isdigit():
-        fields |= {"eprint": arxiv_id, "archivePrefix": "arXiv"}
-    lines = ",\n".join(f"  {name} = {{{text}}}" for name, text in fields.items())
-    return f"@{paper['kind']}{{{paper['key']},\n{lines}\n}}"
+def _refusal(what: str, error: Any) -> Exception:
+    status = error.response.status_code
+    said = error.server_message or _first_line(error)
+    if status == 401:
+        return PermissionError(f"{what}: the token is wrong or has expired ({said}): `hf auth login`, or set HF_TOKEN")
+    if status == 403:
+        return PermissionError(f"{what}: the token may not do this ({said})")
+    if status == 429:
+        return ConnectionError(f"{what}: too many requests, wait a while ({said})")
+    return (
+        ValueError(f"{what}: refused ({said})")
+        if 400 <= status < 500
+        else ConnectionError(f"{what}: {status} ({said})")
+    )
 
 
-def _citation_or_link(arxiv_id: str) -> dict[str, str]:
-    """A day's training must not end in an error because its objective cites a paper of its own."""
-    text = f"[arXiv:{arxiv_id}](https://arxiv.org/abs/{arxiv_id})" if _ARXIV.fullmatch(arxiv_id) else arxiv_id
-    return {"text": text, "bibtex": citation(arxiv_id) if arxiv_id in _PAPERS else ""}
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

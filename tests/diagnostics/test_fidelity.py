@@ -17,11 +17,11 @@ from scipy.special import softmax
 from transformers import RobertaForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import hfkd.diagnostics
+from hfkd.cards import CardFacts, render_card
 from hfkd.data.pixels import PixelView
 from hfkd.diagnostics import report, report_of_logits
 from hfkd.diagnostics.fidelity import NUMBERS
 from hfkd.diagnostics.gates import GateFailed
-from hfkd.hub import CardFacts, render_card
 from hfkd.teachers import CachedTeacher, EnsembleTeacher
 from hfkd.testing import tiny_roberta_config, tiny_tokenizer
 
