@@ -5,7 +5,7 @@ THREADS := $(shell nproc 2>/dev/null || echo 2)
 # One thread a process: two test processes with two threads each wait for one another most of the time
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=offline
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint docs format setup clean
 
 setup: .venv/ready
 
@@ -27,9 +27,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs dist build site .mypy_cache .ruff_cache .pytest_cache

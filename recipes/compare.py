@@ -26,6 +26,7 @@ from hfkd.diagnostics.metrics import mean_and_std, paired_difference
 from hfkd.objectives import Objective
 from hfkd.trainers.arguments import parse_arguments
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish, scores_by
 from run_report import per_seed_csv, percent, write_whole
 from text_study import Study, StudyArguments
 
@@ -108,6 +109,20 @@ def report(study: Study, entries: list[str], results: list[dict[str, Any]], minu
         print(f"Figure: {output / 'scores.png'}")
     except (ImportError, ValueError) as error:  # matplotlib is an extra; a correlation may be below 0
         print(f"no figure: {error}")
+    publish(study.runs, publication(study, entries, [*teachers, *results]))
+
+
+def publication(study: Study, entries: list[str], results: list[dict[str, Any]]) -> Publication:
+    """The objectives in the order of the command line; none is chosen by its score."""
+    ordered = [entry for entry in entries if entry != REFERENCE] + [REFERENCE]
+    shown = {"teacher": "teacher", **{entry: entry for entry in ordered}}
+    return Publication(
+        students={entry: study.runs.folder(folder_name(entry), 0) / "model" for entry in ordered},
+        scores=scores_by(results, shown, study.data.metric),
+        metric=study.data.metric,
+        baseline=REFERENCE,
+        teacher=("teacher", study.teachers[0][0]),
+    )
 
 
 def scores(results: list[dict[str, Any]], entry: str, name: str) -> list[float]:

@@ -82,6 +82,8 @@ class Deviations:
         words = [*flags, "--seeds", str(seeds), "--output_dir", str(output / self.name)]
         self.recipe, self.args = parse_arguments(kind, DistillationArguments, arguments=words, defaults=path)
         one_source(self.recipe, flags)
+        if self.args.hub_model_id:  # every setting has a repository of its own
+            self.args.hub_model_id = f"{self.args.hub_model_id}-{self.name.replace('_', '-')}"
         self.recipe.teacher_seeds = 1 if self.recipe.teacher else seeds
         self.objective = self.args.make_objective("kd")
         if not isinstance(self.objective, Distillation):

@@ -35,6 +35,7 @@ from hfkd.records import write_json
 from hfkd.trainers.arguments import parse_arguments
 from pet_report import difference, interval
 from program import HERE, one_sentence, quiet, say
+from publication import Publication, publish
 from run_report import per_seed_csv, write_whole
 
 SPLITS = ("train", "test")
@@ -127,6 +128,20 @@ def report(recipe: RecipeArguments, settings: list[Deviations], minutes: float) 
     print(f"\n{text}\n\n{said}. Took {minutes:.1f} minutes ({recipe.profile}).")
     print(f"Tables: {', '.join(str(output / name) for name in ('results.md', 'results.csv', 'deviations.json'))}")
     draw(names, found, output / "logit_logit.png")
+    for setting in settings:
+        publish(setting.study.runs, publication(setting, [row for row in rows if row["setting"] == setting.name]))
+
+
+def publication(setting: Deviations, rows: list[dict[str, Any]]) -> Publication:
+    runs = setting.study.runs
+    names = (KD, ONE_HOT, TEACHER)
+    return Publication(
+        students={name: runs.folder(name, 0) / "model" for name in (KD, ONE_HOT)},
+        scores={name: [row["test_accuracy"] for row in rows if row["run"] == name] for name in names},
+        metric="accuracy",
+        baseline=ONE_HOT,
+        teacher=(TEACHER, setting.study.teachers[0][0]),
+    )
 
 
 def numbers(found: dict[tuple[str, str], LogitLogit], student: str) -> dict[str, float]:

@@ -34,6 +34,7 @@ from hfkd.objectives import CrossEntropy
 from hfkd.trainers.arguments import parse_arguments
 from image_study import Study, StudyArguments
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish, scores_by
 from run_report import COSTS, per_seed_csv, percent, write_whole
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--config")
@@ -126,6 +127,7 @@ def report(recipe: RecipeArguments, study: Study, results: list[dict[str, Any]],
         print(f"  figure                 {output / 'scores.png'}")
     except ImportError as error:  # matplotlib is an extra
         print(f"  no figure: {error}")
+    publish(study.runs, publication(study, results))
 
 
 def figure_rows(results: list[dict[str, Any]], metric: str, objective: str) -> list[dict[str, Any]]:
@@ -133,6 +135,16 @@ def figure_rows(results: list[dict[str, Any]], metric: str, objective: str) -> l
     names = {BASELINE: "labels only", DISTILLED: f"distilled with {objective}", "teacher": "teacher"}
     scores = {name: [row[metric] for row in results if row["run"] == name] for name in names}
     return [{"objective": names[name], "metric": metric, "scores": values} for name, values in scores.items()]
+
+
+def publication(study: Study, results: list[dict[str, Any]]) -> Publication:
+    return Publication(
+        students={SHOWN[name]: study.runs.folder(name, 0) / "model" for name in (DISTILLED, BASELINE)},
+        scores=scores_by(results, SHOWN, study.data.metric),
+        metric=study.data.metric,
+        baseline=SHOWN[BASELINE],
+        teacher=(SHOWN["teacher"], study.teachers[0][0]),
+    )
 
 
 def table(results: list[dict[str, Any]], metric: str) -> str:

@@ -31,6 +31,7 @@ from hfkd.diagnostics.metrics import gap_closed, mean_and_std, paired_difference
 from hfkd.objectives import CrossEntropy
 from hfkd.trainers.arguments import parse_arguments
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish, scores_by
 from run_report import COSTS, per_seed_csv, percent, write_whole
 from text_study import Study, StudyArguments
 
@@ -111,6 +112,17 @@ def report(recipe: RecipeArguments, study: Study, results: list[dict[str, Any]],
         if folder.exists():
             print(f"  {SHOWN[name]:<22} {folder}")
     print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}")
+    publish(study.runs, publication(study, results))
+
+
+def publication(study: Study, results: list[dict[str, Any]]) -> Publication:
+    return Publication(
+        students={SHOWN[name]: study.runs.folder(name, 0) / "model" for name in (DISTILLED, BASELINE)},
+        scores=scores_by(results, SHOWN, study.data.metric),
+        metric=study.data.metric,
+        baseline=SHOWN[BASELINE],
+        teacher=(SHOWN["teacher"], study.teachers[0][0]),
+    )
 
 
 def table(results: list[dict[str, Any]], metric: str) -> str:

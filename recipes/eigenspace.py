@@ -140,6 +140,10 @@ class EigenStudy:
     def __init__(self, recipe: RecipeArguments, args: DistillationArguments):
         self.recipe, self.args = recipe, args
         self.objective = args.make_objective("kd")
+        if args.push_to_hub:
+            raise ValueError(
+                "the networks here are this study's own two layers, which no library loads: leave --push_to_hub out"
+            )
         refuse_wrong_choices(recipe, self.objective)
         self.data = noisy(load_data(recipe, args), recipe.noise_rate)
         self.processor = new_processor({"image_size": 28}, recipe)

@@ -89,6 +89,9 @@ class GroupRuns(Runs):
                     found[name][f"{prefix}top{TOP}"] = top_accuracy(values, labels)
         return {"students": found}
 
+    def saved(self, folder: Path) -> list[Path]:
+        return [folder / name for name in self.trained.model.names]
+
     def close(self, run: Run, folder: Path, found: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
         state = self.trained.state
         steps = max(state.global_step - self.place.step, 1)

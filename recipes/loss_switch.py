@@ -46,6 +46,7 @@ from image_data import ImageArguments, augmentation_of, load_data, view_of
 from image_study import SIZES, TEACHERS_SEED, Network, teacher_budget
 from pet_report import difference, interval
 from program import HERE, one_sentence, one_source, quiet, rows_per_step, say
+from publication import Publication, publish
 from run_report import per_seed_csv, write_whole
 from runs import Run, Runs
 
@@ -268,6 +269,18 @@ def report(recipe: RecipeArguments, study: SwitchStudy, results: list[dict[str, 
         print("One seed: there are no intervals; 3 or more say how much a difference means.")
     print(f"Tables: {output / 'results.md'}, {output / 'results.csv'}")
     draw(results, recipe.teacher_epochs, output / "scores.png")
+    publish(study.runs, publication(study, results))
+
+
+def publication(study: SwitchStudy, results: list[dict[str, Any]]) -> Publication:
+    """The students of the last teacher, that of the switch first, beside the one of the labels."""
+    epochs = study.recipe.teacher_epochs[-1]
+    methods = dict.fromkeys([LEAVING, *study.objectives()])
+    folders = {method: study.runs.folder(f"{method}-{epochs:g}", 0) / "model" for method in methods}
+    folders[ONE_HOT] = study.runs.folder(ONE_HOT, 0) / "model"
+    found = {method: scores(results, method, epochs) for method in methods}
+    found |= {ONE_HOT: scores(results, ONE_HOT, None), "teacher": scores(results, "teacher", epochs)}
+    return Publication(folders, found, "accuracy", ONE_HOT, ("teacher", study.teachers[epochs, 0][0]))
 
 
 def scores(results: list[dict[str, Any]], method: str, epochs: float | None, name: str = "accuracy") -> list[float]:

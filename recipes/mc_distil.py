@@ -39,10 +39,11 @@ from hfkd.records import read_json
 from hfkd.trainers.arguments import parse_arguments
 from mc_data import ImageMcArguments, TextMcArguments
 from mc_search import refuse_wrong_search, search
-from mc_study import KD, MC_DISTIL, TEACHER, WARM, McStudy
+from mc_study import KD, MC_DISTIL, TAKD, TEACHER, WARM, McStudy
 from mc_study import named as run_named
 from pet_report import difference
 from program import HERE, one_sentence, one_source, quiet
+from publication import Publication, publish
 from run_report import per_seed_csv, write_whole
 from train_ensemble import about_texts
 
@@ -123,6 +124,19 @@ def report(study: McStudy, results: Rows, minutes: float) -> None:
         draw(lambda path, of=(rate, methods): draw_scores(results, *of, path), output / f"scores{ending}.png")
         if MC_DISTIL in methods:
             draw(lambda path, rate=rate: draw_weights(study, rate, path), output / f"weights{ending}.png")
+    publish(study.runs, *(publication(study, results, name) for name in study.names))
+
+
+def publication(study: McStudy, results: Rows, name: str) -> Publication:
+    """One student of the group: that of MC-Distil, or of the first method that ran, beside the same student of the others."""
+    methods = study.recipe.methods
+    leading = MC_DISTIL if MC_DISTIL in methods else methods[0]
+    scores = {shown(method): values(results, method, 0.0, "accuracy", name) for method in (leading, *methods)}
+    folder = study.folder(f"{TAKD}-{name}" if leading == TAKD else leading, 0.0, 0) / name
+    baseline = KD if KD in methods and leading != KD else None
+    teacher = ("teacher", study.teacher_folder(0.0, 0))
+    scores["teacher"] = values(results, TEACHER, 0.0, "accuracy")
+    return Publication({shown(leading): folder}, scores, "accuracy", baseline and shown(baseline), teacher)
 
 
 def sections(study: McStudy, results: Rows) -> list[str]:

@@ -38,6 +38,7 @@ from hfkd.records import write_json
 from hfkd.trainers.arguments import parse_arguments
 from pet_report import difference, interval
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish
 from role_data import ImageRoleArguments, TextRoleArguments
 from role_study import EPL, OWN_LABELS, RPL, SINGLE, NotSamplers, RoleStudy
 from run_report import per_seed_csv, write_whole
@@ -130,6 +131,21 @@ def report(study: RoleStudy, results: list[dict[str, Any]], minutes: float) -> N
     print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}, {output / 'sampler.json'}")
     draw(lambda path: draw_scores(results, recipe, path), output / "scores.png")
     draw(lambda path: draw_confusions(study, samplers, path), output / "confusions.png")
+    publish(study.runs, publication(study, results))
+
+
+def publication(study: RoleStudy, results: list[dict[str, Any]]) -> Publication:
+    """The students of the most teachers, beside those of one and of the pool's own labels."""
+    rate, most = study.recipe.noise_rate, max(study.recipe.teachers)
+    keys = [(RPL, most), (EPL, most)] if most > 1 else []
+    keys += [(SINGLE, 1), (OWN_LABELS, 0)]
+    names = {key: OWN_LABELS if key[0] == OWN_LABELS else f"{key[0]}-{rate:g}-k{key[1]}" for key in keys}
+    folders = {SHOWN[key[0]]: study.runs.folder(name, 0) / "model" for key, name in names.items()}
+    scores = {
+        SHOWN[method]: values(results, method, 0.0 if method in (CLEAN, OWN_LABELS) else rate, k)
+        for method, k in (*keys, (ENSEMBLE, most), (TEACHER, 1), (CLEAN, 1))
+    }
+    return Publication(folders, scores, "accuracy", SHOWN[SINGLE])
 
 
 KEY = ("method", "rate", "k", "seed")

@@ -32,6 +32,7 @@ from hfkd.teachers import Teacher
 from hfkd.trainers.checkpoints import last_whole_checkpoint
 from hfkd.trainers.self_distillation import RECORDED
 from program import rows_per_step
+from publication import keep_facts, known_facts, refuse_unpublishable
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Runs:
         self.resumes = resumes(args)
         self.found = earlier_runs(self.output)
         refuse_unusable(args, data)
+        self.repository = refuse_unpublishable(args, self.output.name)
         if self.found and not (self.resumes or recipe.overwrite):
             raise FileExistsError(
                 f"{self.output} holds another study ({', '.join(path.name for path in self.found)}): go on with it with "
@@ -182,6 +184,7 @@ class Runs:
         args = copy.copy(self.args)
         changes = {"objective": None, "temperature": None, "alpha": None, "objective_kwargs": None, **run.budget}
         changes |= {"output_dir": str(folder), "seed": run.seed, "data_seed": run.seed, "resume_from_checkpoint": None}
+        changes["push_to_hub"] = False  # the study is published when it is done
         if run.objective is not None:
             changes["label_smoothing_factor"] = 0.0  # the objective has it already
         for name, value in changes.items():
@@ -190,12 +193,19 @@ class Runs:
 
     def save(self, trainer: DistillationTrainer, folder: Path) -> None:
         partial = folder / "model.partial"
+        trainer.card_facts = known_facts(self.recipe, self.args)
         trainer.save_model(str(partial))
         wait_for_everyone()
         if self.args.process_index == 0:
+            for student in self.saved(partial):
+                keep_facts(student, trainer.facts(student))
             shutil.rmtree(folder / "model", ignore_errors=True)
             partial.rename(folder / "model")
         wait_for_everyone()
+
+    def saved(self, folder: Path) -> list[Path]:
+        """The folders of the models that `save` has put there."""
+        return [folder]
 
     def score(self, run: Run, logits: dict[str, Any]) -> dict[str, Any]:
         """Metrics of every held-out split; agreement with the teacher and calibration on the first one."""

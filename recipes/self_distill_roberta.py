@@ -41,6 +41,7 @@ from hfkd.regularized import noisy_model
 from hfkd.trainers.arguments import parse_arguments
 from hfkd.trainers.round_kinds import rows_hash
 from program import say
+from publication import push_rounds
 from stage_fine_tuning import FineTuning, Labelled, check_baselines, stage_arguments
 from stage_report import card_results, draw, stage_rows, table, write_csv
 from stage_rounds import ablations, bounded, delete, earlier_run, resumes
@@ -344,6 +345,8 @@ def report(
     print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}")
     for figure in figures:
         print(f"  figure                 {figure}")
+    if args.push_to_hub:
+        push_rounds(trainer, fine_tuned if results else None)
     if recipe.profile == "demo":
         print(SMOKE_TEST + committed_study())
 

@@ -49,6 +49,7 @@ from hfkd.teachers.model import image_processor_of
 from hfkd.trainers.arguments import parse_arguments
 from image_data import ImageArguments, augmentation_of, load_data, pixels_of
 from program import HERE, at_random, one_sentence, one_source, quiet, rows_per_step, say
+from publication import push_rounds
 from reconstructions import draw_reconstructions
 from stage_fine_tuning import FineTuning, Labelled, check_baselines
 from stage_report import card_results, draw, label_curves, label_table, stage_rows, table, time_table, write_csv
@@ -442,6 +443,8 @@ def report(
     )
     for figure in figures:
         print(f"  figure                 {figure}")
+    if trainer.args.push_to_hub:
+        push_rounds(trainer, output / "fine_tuned" / directory.name if results else None)
     if recipe.profile == "demo":
         print(SMOKE_TEST + committed_study())
 

@@ -37,6 +37,7 @@ from hfkd.trainers.arguments import parse_arguments
 from pet_report import difference, interval
 from pet_study import CHOSEN_BY, ONE_HOT, PetArguments, PetStudy, chosen_temperature, run_name
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish
 from run_report import per_seed_csv, write_whole
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--train_list", "--config")
@@ -112,6 +113,17 @@ def report(recipe: RecipeArguments, study: PetStudy, results: list[dict[str, Any
         print("One seed: there are no intervals; 3 or more say how much a difference means.")
     print(f"Tables: {output / 'results.md'}, {output / 'results.csv'}, {output / 'classes.csv'}")
     draw(rows, recipe.methods, counts, reliability, output / "class_changes.png")
+    publish(study.runs, publication(study, recipe.methods, [row for row in rows if row["chosen"]]))
+
+
+def publication(study: PetStudy, methods: list[str], rows: list[dict[str, Any]]) -> Publication:
+    """Every method at the temperature that the dev split chose; the first one that asks a teacher leads."""
+    ordered = sorted(methods, key=lambda method: method in (ONE_HOT, KD))
+    chosen = {row["method"]: row["temperature"] for row in rows}
+    folders = {m: study.runs.folder(run_name(m, chosen[m]), 0) / "model" for m in ordered}
+    scores = {m: [row["average"] for row in rows if row["method"] == m] for m in (*ordered, TEACHER)}
+    baseline = KD if KD in methods else ONE_HOT
+    return Publication(folders, scores, "mean_per_class_recall", baseline, (TEACHER, study.teachers[0][0]))
 
 
 def scored(recipe: RecipeArguments, study: PetStudy, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ from hfkd.records import write_json
 from hfkd.teachers.ensemble import combine_answers
 from hfkd.trainers.arguments import parse_arguments
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish
 from run_report import per_seed_csv, percent, write_whole
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--train_file", "--config")
@@ -171,6 +172,14 @@ def report(ensemble: Ensemble, results: list[dict[str, Any]], minutes: float) ->
     print(f"  members                {output / 'runs' / MEMBER / 'seed-*' / 'model'}")
     print(f"  tables                 {output / 'results.md'}, {output / 'results.csv'}, {output / 'sampler.json'}")
     draw(samplers, output / "confusions.png", ensemble.data.labels)
+    publish(ensemble.runs, publication(ensemble, results, f"{prefix}{ensemble.data.metric}"))
+
+
+def publication(ensemble: Ensemble, results: list[dict[str, Any]], metric: str) -> Publication:
+    """Every member is a branch; the first one is the main branch too."""
+    names = {result["seed"]: f"member {result['seed']}" for result in results}
+    folders = {name: ensemble.runs.folder(MEMBER, number) / "model" for number, name in names.items()}
+    return Publication(folders, {names[result["seed"]]: [result[metric]] for result in results}, metric)
 
 
 def combined(logits: Any, rule: str) -> Any:

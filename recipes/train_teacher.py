@@ -20,6 +20,7 @@ from typing import Any
 from hfkd import DistillationArguments
 from hfkd.trainers.arguments import parse_arguments
 from program import HERE, one_sentence, one_source, quiet, say
+from publication import Publication, publish
 from run_report import per_seed_csv, percent, write_whole
 from runs import Run, Runs
 from text_data import DataArguments, load_data, tokenizer_for, view_of
@@ -84,6 +85,9 @@ def report(runs: Runs, results: list[dict[str, Any]], minutes: float) -> None:
     print(f"Took {minutes:.1f} minutes. Per seed: {runs.output / 'results.csv'}")
     for result in results:
         print(f"  teacher  {Path(runs.folder('teacher', result['seed'])) / 'model'}")
+    metric = runs.data.metric
+    scores = {"this model": [result[metric] for result in results]}
+    publish(runs, Publication({"this model": runs.folder("teacher", 0) / "model"}, scores, metric))
 
 
 if __name__ == "__main__":

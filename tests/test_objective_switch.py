@@ -25,6 +25,7 @@ from hfkd.objectives import (
     MiniLMRelations,
     PseudoLabel,
     RelationalKD,
+    SelfDistill,
     Switch,
 )
 from hfkd.outputs import Progress
@@ -228,6 +229,31 @@ def test_the_log_shows_the_fade_and_sums_to_the_loss(tmp_path):
         assert (first == 0) == (step >= 4) and (second == 0) == (step <= 1)
     metrics = trainer.evaluate(trainer.train_dataset)
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_second_task_loss"]), "trained to its end: labels alone"
+
+
+@pytest.mark.parametrize("step", [0, 5, 8, 12, 15, 99])
+def test_its_schedule_is_what_the_terms_are_weighted_by(step):
+    """A drawn window that lies beside the one that was trained sends people to the wrong step."""
+    case, both = classification_case(EVERYTHING), (KD(3.0, 0.8), KD(1.0, 0.2))
+    found = Switch(*both, start=5, window=10).schedule(Progress(step=step))
+    terms = score(Switch(*both, start=5, window=10), case, step)
+    whole = {f"{place}_{name}": values for place, objective in zip(("first", "second"), both, strict=True)
+             for name, values in objective(case.student, case.teacher, case.batch).items()}  # fmt: skip
+    share = {name: float((terms[name].sum() / whole[name].sum()).detach()) for name in terms}
+    for name, values in share.items():
+        expected = found["switch_weight"] if name.startswith("second_") else 1 - found["switch_weight"]
+        assert values == pytest.approx(expected, abs=1e-6)
+    both = 0.8 * share["first_distill_loss"] + 0.2 * share["second_distill_loss"]
+    assert found["alpha"] == pytest.approx(both, abs=1e-6)
+
+
+def test_its_schedule_falls_to_zero_where_the_labels_take_over():
+    """Cross-entropy distils nothing; an objective whose weights are no single number must not be drawn as if it had one."""
+    switch = Switch(KD(3.0, 0.8), CrossEntropy(), start=5, window=10)
+    found = [switch.schedule(Progress(step=step)) for step in (0, 10, 15)]
+    assert [one["alpha"] for one in found] == pytest.approx([0.8, 0.4, 0.0])
+    hidden = Switch(SelfDistill(), CrossEntropy(), start=5, window=10).schedule(Progress(step=10))
+    assert hidden == {"switch_weight": 0.5}
 
 
 @pytest.mark.parametrize("which", sorted(set(SWITCHES) - {"long"}))

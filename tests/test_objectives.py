@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from hfkd.functional import cross_entropy, squared_distance
 from hfkd.objectives import KD, OBJECTIVES, CrossEntropy, HiddenStates, MaskedLM, Objective, SelfDistill
-from hfkd.outputs import TeacherOutput
+from hfkd.outputs import Progress, TeacherOutput
 from hfkd.testing import (
     check_objective,
     classification_case,
@@ -459,6 +459,16 @@ def test_settings_are_the_hyper_parameters():
     assert CrossEntropy(0.1).settings() == {"label_smoothing": 0.1}
     assert MaskedLM().settings() == {}
     assert all(isinstance(made(name), nn.Module) for name in OBJECTIVES)
+
+
+def test_a_schedule_is_the_alpha_where_there_is_one():
+    """A curve of alpha that is not the weight of the logged term explains the wrong run."""
+    assert made("kd").schedule(Progress()) == {"alpha": made("kd").alpha}
+    assert KD(alpha=1).schedule(Progress()) == {"alpha": 1.0}
+    for name in OBJECTIVES:
+        found = made(name).schedule(Progress(step=7, max_steps=2000))
+        assert all(type(value) is float and not key.endswith("_loss") for key, value in found.items())
+    assert CrossEntropy().schedule(Progress()) == MaskedLM().schedule(Progress()) == {}
 
 
 def test_eval_loss_is_without_smoothing():

@@ -15,11 +15,13 @@ from transformers import TrainerCallback
 from hfkd.diagnostics.answers import name_of
 from hfkd.diagnostics.fidelity import FidelityReport, report_of_logits
 from hfkd.diagnostics.row_labels import labels_of
+from hfkd.diagnostics.trackers import log_figure, log_table, log_text
 from hfkd.teachers import EnsembleTeacher
 from hfkd.teachers.labels import class_names, problem_type_of
 from hfkd.teachers.model import public_name
 
 PREFIX = "eval_fidelity_"
+CLASS_COLUMNS = ("class", "rows", "student", "teacher", "difference", "agreement")
 NO_LOGITS = "the teacher answers no logits: an ensemble takes combine='mean' or 'logits'"
 
 
@@ -34,10 +36,10 @@ class DiagnosticsCallback(TrainerCallback):
     cost more than a small student.
 
     The report's numbers are logged as `eval_fidelity_agreement` and so on, at the evaluation's step. The whole report lies in
-    `output_dir/diagnostics/step-N` (with matplotlib with its figures, which TensorBoard and W&B are shown) and in `last`.
-    The teacher is asked once. Several processes share the rows, and all of them log the same. Training goes on as if it had
-    not been watched: the random state is put back. Evaluations are counted in the log, so that a resumed run reports at the
-    steps of one that was never stopped.
+    `output_dir/diagnostics/step-N` (with matplotlib with its figures, which the trackers are
+    shown beside a table of the classes) and in `last`. The teacher is asked once. Several processes share the rows, and all of
+    them log the same. Training goes on as if it had not been watched: the random state is put back. Evaluations are counted in
+    the log, so that a resumed run reports at the steps of one that was never stopped.
 
     Raises ValueError where there is no teacher or one that names classes only, no data set or several, or another problem
     than one label a row; during training, for logits that are not finite (rows named).
@@ -81,11 +83,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._reported = state.global_step
         with torch.random.fork_rng():
             self.last = self._compare()
-        self.trainer.log({f"{PREFIX}{name}": value for name, value in self.last.numbers().items()})
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / "diagnostics" / f"step-{state.global_step}"
-            figures = [path for path in self.last.save(folder) if path.suffix == ".png"]
-            show(self.trainer.callback_handler.callbacks, self.last, figures, state.global_step)
+        log_report(self.trainer, self.last, Path(args.output_dir) / "diagnostics" / f"step-{state.global_step}")
 
     def _compare(self) -> FidelityReport:
         if self._teacher_logits is None:
@@ -149,21 +147,24 @@ def teacher_logits(trainer: Any, rows: Any) -> NDArray[Any]:
     return np.concatenate(found)
 
 
-def show(callbacks: Sequence[Any], report: FidelityReport, figures: Sequence[Path], step: int) -> None:
-    """Tables and figures to the trackers that take them; the numbers are theirs already, through the log."""
-    for callback in callbacks:
-        if getattr(callback, "tb_writer", None) is not None:
-            callback.tb_writer.add_text("eval/fidelity", report.markdown(), step)
-            for path in figures:
-                callback.tb_writer.add_image(f"eval/fidelity_{path.stem}", pixels(path), step, dataformats="HWC")
-        if getattr(callback, "_wandb", None) is not None and getattr(callback, "_initialized", False):
-            images = {f"eval/fidelity_{path.stem}": callback._wandb.Image(str(path)) for path in figures}
-            if images:
-                callback._wandb.log({**images, "train/global_step": step})
+def log_report(trainer: Any, report: FidelityReport, folder: Path, prefix: str = PREFIX) -> None:
+    """Numbers into the Trainer's log, from where every tracker has them; tables and figures to those that take them.
+
+    prefix: "eval_fidelity_", or "test_fidelity_" for rows that no choice was made on. folder: where the whole report is kept.
+    """
+    trainer.log({f"{prefix}{name}": value for name, value in report.numbers().items()})
+    if not trainer.is_world_process_zero():
+        return
+    callbacks, step = trainer.callback_handler.callbacks, trainer.state.global_step
+    name = prefix.replace("_", "/", 1)  # as transformers' callbacks call what begins with eval_ or test_
+    log_text(callbacks, name.rstrip("_"), report.markdown(), step)
+    log_table(callbacks, f"{name}classes", CLASS_COLUMNS, class_rows(report), step)
+    for path in report.save(folder):
+        if path.suffix == ".png":
+            log_figure(callbacks, f"{name}{path.stem}", path, step)
 
 
-def pixels(path: Path) -> NDArray[np.uint8]:
-    import PIL.Image
-
-    with PIL.Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+def class_rows(report: FidelityReport) -> list[list[Any]]:
+    """Worst change first."""
+    parts = sorted(report.classes, key=lambda part: (part.difference is None, part.difference or 0.0))
+    return [[p.name, p.examples, p.student, p.teacher, p.difference, p.agreement] for p in parts]

@@ -82,10 +82,7 @@ class StudentGroup(nn.Module):
         return set().union(*(names_of(student) for _, student in self.items()))
 
     def forward(self, **inputs: Any) -> ModelOutput:
-        logits = []
-        for _, student in self.items():
-            known = names_of(student)
-            logits.append(student(**{name: value for name, value in inputs.items() if name in known}).logits)
+        logits = [student(**inputs_of(student, inputs)).logits for _, student in self.items()]
         return ModelOutput(logits=torch.stack(logits, dim=1))
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
@@ -116,6 +113,11 @@ class StudentGroup(nn.Module):
 
 def names_of(student: Any) -> set[str]:
     return set(inspect.signature(student.forward).parameters)
+
+
+def inputs_of(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    known = names_of(student)
+    return {name: value for name, value in inputs.items() if name in known}
 
 
 def load_classifier(source: str, text: bool | None) -> Any:

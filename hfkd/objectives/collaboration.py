@@ -64,6 +64,12 @@ class Collaboration(GroupObjective):
     above 0, for a pooled student on other than single-label heads, and for logits of other shapes.
     """
 
+    equation = (
+        r"L_k = \frac{1}{n} \sum_i \left[ \alpha_{ik} \, \mathrm{CE}(y_i, z_{ik}) "
+        r"+ \beta_{ik} \, T^2 \, \mathrm{KL}(\mathrm{softmax}(t_i / T) \,\|\, \mathrm{softmax}(z_{ik} / T)) \right], "
+        r"\quad L = \sum_k L_k"
+    )
+
     def __init__(self, temperature: float = 2.0, pooled: bool = False, teacher: bool = True):
         super().__init__()
         self.temperature = checked_positive("temperature", temperature)
@@ -109,6 +115,9 @@ class MutualLearning(GroupObjective):
     """
 
     paper = "1706.00384"
+    equation = (
+        r"L_k = \mathrm{CE}(y, z_k) + \frac{1}{K - 1} \sum_{j \neq k} \mathrm{KL}(p_j \,\|\, p_k), \quad L = \sum_k L_k"
+    )
     parts = ("task", "mutual")
     problem_types = ("single_label_classification",)
 

@@ -81,6 +81,14 @@ class Objective(nn.Module, ABC):
             units = torch.full((), len(values), device=values.device)
         return {"task_loss": units, "distill_loss": units}
 
+    def schedule(self, progress: Progress) -> dict[str, float]:
+        """What it weights its terms by at this step, one number a name, for every log; by default its alpha, if it has one.
+
+        The names do not end in `_loss`: those are terms.
+        """
+        alpha = getattr(self, "alpha", None)
+        return {"alpha": float(alpha)} if isinstance(alpha, int | float) else {}
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters, by name, for cards and run records."""
         parameters = inspect.signature(type(self).__init__).parameters.values()

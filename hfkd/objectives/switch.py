@@ -102,6 +102,14 @@ class Switch(Objective):
             **{SECOND + name: weight * values for name, values in second.items()},
         }
 
+    def schedule(self, progress: Progress) -> dict[str, float]:
+        """`switch_weight` is the second objective's; `alpha` is what the distillation terms of both weigh together."""
+        weight = self.weight(progress.step)
+        first, second = (alpha_of(objective, progress) for objective in (self.first, self.second))
+        if first is None or second is None:
+            return {"switch_weight": weight}
+        return {"switch_weight": weight, "alpha": (1 - weight) * first + weight * second}
+
     def task(self, student: StudentOutput, batch: Batch) -> Terms:
         return self.second.task(student, batch)
 
@@ -137,6 +145,13 @@ def named_objective(place: str, given: Named | None) -> Objective:
             "of a switch holds: train with it alone, or choose one that learns nothing of the data"
         )
     return objective
+
+
+def alpha_of(objective: Objective, progress: Progress) -> float | None:
+    """None where it has no such number; 0 where it asks no teacher."""
+    if "teacher" not in objective.needs:
+        return 0.0
+    return objective.schedule(progress).get("alpha")
 
 
 def objective_of(place: str, given: str | Mapping[str, Mapping[str, Any]] | None) -> Objective:

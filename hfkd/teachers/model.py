@@ -82,7 +82,9 @@ class ModelTeacher(Teacher):
         self._inputs = forward_inputs(self.model)
         # The shared names too: a teacher may read what the student does not (token types, say)
         self.columns = (*(f"{view}{name}" for name in (*self._inputs, "positions")), *self._inputs)
+        self.commit = ""  # on the Hub, of weights that were loaded from there
         if not isinstance(model, nn.Module):
+            self.commit = commit_of(str(model), revision)
             self.processing_class = tokenizer_of(str(model), revision) or image_processor_of(str(model), revision)
 
     def prepare(self, student: Any, needs: Needs, device: torch.device | str) -> None:
@@ -177,6 +179,16 @@ def load_named_architecture(
             "--allow_untrained_teacher (allow_untrained=True) if that is meant"
         )
     return model
+
+
+def commit_of(name: str, revision: str | None = None) -> str:
+    """The commit that a checkpoint in the Hub's cache belongs to; "" for a local folder."""
+    from transformers.utils import cached_file
+
+    if Path(name).is_dir():
+        return ""
+    path = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path).parent.name if path and Path(path).parent.parent.name == "snapshots" else ""
 
 
 def class_named(architecture: str, config_class: type) -> Any:

@@ -78,6 +78,15 @@ class DistillationArguments(TrainingArguments):
     eval_teacher: bool = field(
         default=False, metadata={"help": "Evaluation asks the teacher too: adds distill_loss and agreement."}
     )
+    push_teacher: bool = field(
+        default=False, metadata={"help": "Upload the teacher too, into a repository of its own; both cards link."}
+    )
+    hub_teacher_id: str | None = field(
+        default=None, metadata={"help": "The teacher's repository; default: the student's with -teacher."}
+    )
+    name_private_teacher: bool = field(
+        default=False, metadata={"help": "Name a private teacher on the student's public card and in its manifest."}
+    )
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or accelerator_is_absent()

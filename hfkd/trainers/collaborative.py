@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import time
 from collections import deque
@@ -19,11 +20,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import EvalPrediction, TrainerCallback
 
+from hfkd.cards import CardFacts
 from hfkd.data.rows import numbered_for
+from hfkd.diagnostics.cost import cost_of
 from hfkd.functional import labelled_units
 from hfkd.lookahead import InnerStep, Losses, Params, TrainingLoss, along, outer_gradient, weight_gradients
 from hfkd.meta import CNet, Coordinator, trunk_for
-from hfkd.models.student_group import StudentGroup
+from hfkd.models.student_group import StudentGroup, inputs_of
 from hfkd.objectives.collaboration import Collaboration, GroupObjective, task_losses
 from hfkd.objectives.objective import Objective
 from hfkd.outputs import Batch, TeacherOutput, with_entry
@@ -481,11 +484,70 @@ class CollaborativeTrainer(DistillationTrainer):
         if state := self.coordinator.state_dict():
             save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
         write_json(folder / GROUP_FILE, self._facts())
+        for name in self.model.names:
+            self.write_card(folder / name)
         token, self.args.hub_token = self.args.hub_token, None
         try:
             torch.save(self.args, folder / "training_args.bin")
         finally:
             self.args.hub_token = token
+
+    # ---- a card for each student ----
+
+    card_template = "collaborative_student.md"
+
+    def _name_in(self, folder: Path) -> str:
+        return f"{self.hub_model_id.rpartition('/')[2]}-{folder.name}" if self.hub_model_id else folder.name
+
+    def _model_in(self, folder: Path) -> Any:
+        return self.accelerator.unwrap_model(self.model)[folder.name]
+
+    def _metrics_in(self, folder: Path) -> dict[str, float]:
+        own, found = f"{folder.name}_", super()._metrics_in(folder)
+        return {key.removeprefix(own): value for key, value in found.items() if key.startswith(own)}
+
+    def _facts_read_off(self, folder: Path) -> CardFacts:
+        metrics = {name: self._metrics_in(folder.parent / name) for name in self.model.names}
+        group = [
+            {
+                "name": name,
+                "repo": self._repository_of(name),
+                "parameters": facts["parameters"],
+                "accuracy": metrics[name].get("accuracy"),
+            }
+            for name, facts in self._facts()["students"].items()
+        ]
+        chosen = ("coordinator_interval", "coordinator_interval_unit", "meta_engine", "meta_order", "warm_start_epochs")
+        ours = {"coordinator": type(self.coordinator).__name__, **{name: getattr(self.args, name) for name in chosen}}
+        found = super()._facts_read_off(folder)
+        return dataclasses.replace(
+            found,
+            repo_id=self._repository_of(folder.name),
+            group=group,
+            role="member",
+            costs=self._costs.get(folder.name, {}),
+            settings={**found.settings, **(ours if self.coordinator.learns else {"coordinator": ours["coordinator"]})},
+            citations=found.citations or ["mc-distil"],
+        )
+
+    def _repository_of(self, name: str) -> str:
+        return f"{self.hub_model_id}-{name}" if self.hub_model_id else ""
+
+    def _saved_students(self) -> list[tuple[Path, str, str | None]]:
+        """Every student has a repository of its own, with its name behind the group's."""
+        self.save_model(_internal_call=True)
+        return [(Path(self.args.output_dir) / name, self._repository_of(name), None) for name in self.model.names]
+
+    def _measured_costs(self) -> dict[str, Any]:
+        batch = self._timed_batch()
+        if batch is None:
+            return {}
+        view, teacher = self.student_view(batch, training=False), self._teacher_cost(batch)
+        costs = ((name, cost_of(student, inputs_of(student, view))) for name, student in self.model.items())
+        return {name: {"student": cost, **teacher} for name, cost in costs}
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Groups are uploaded at the end of training: a checkpoint holds several students."""
 
     def _facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from hfkd.data.collate import KeyedCollator
 from hfkd.data.rows import label_of_first_row, lengths_of, numbered_for, problem_type_of_label
 from hfkd.data.sampler import KeyedLengthSampler
+from hfkd.diagnostics.trackers import replace_stock
 from hfkd.functional import labelled_units
 from hfkd.objectives.cross_entropy import CrossEntropy
 from hfkd.objectives.objective import Objective
@@ -28,6 +29,7 @@ from hfkd.trainers.arguments import DistillationArguments, objective_of_other_ar
 from hfkd.trainers.checkpoints import last_whole_checkpoint, load_renamed_weights, mark_whole
 from hfkd.trainers.equipment import equip, holds_attached, load_learned, save_learned, without_attached
 from hfkd.trainers.inputs import collator_of, refuse_dispatched_draws, show_teacher
+from hfkd.trainers.publishing import PublishingTrainer
 from hfkd.trainers.schedule import milestone_scheduler
 from hfkd.trainers.teacher_check import (
     SLICE,
@@ -43,12 +45,7 @@ from hfkd.trainers.teacher_check import (
     report,
     score,
 )
-from hfkd.trainers.term_trainer import TermTrainer
 
-NO_PUSH = (
-    "the stock upload takes training_args.bin, with local paths inside, and every nested checkpoint: leave push_to_hub off "
-    "and upload one saved student (hf upload REPO FOLDER --exclude '*training_args.bin' 'checkpoint-*/*')"
-)
 FEATURES = frozenset({"hidden_states", "attentions", "qkv", "features"})
 OPTIONAL_VIEWS = frozenset({"masked_positions", "clean_input_ids"})
 
@@ -70,7 +67,7 @@ class _PlaceKeyed(TrainerCallback):
         self.epoch += 1
 
 
-class DistillationTrainer(TermTrainer):
+class DistillationTrainer(PublishingTrainer):
     """`transformers.Trainer` whose loss is an objective over the student's and the teacher's answers.
 
     Same arguments in the same order, then `teacher` (a Teacher, a model, a folder or a Hub id), `objective` and
@@ -126,8 +123,6 @@ class DistillationTrainer(TermTrainer):
         args = args or DistillationArguments(output_dir="tmp_trainer")
         if compute_loss_func is not None:
             raise ValueError("compute_loss_func would bypass the objective: write an Objective and pass objective=...")
-        if getattr(args, "push_to_hub", False):
-            raise ValueError(NO_PUSH)
         if peft_config is not None:
             if model is None:
                 raise ValueError("peft_config goes with model=...; with model_init, return a PeftModel from it")
@@ -171,6 +166,7 @@ class DistillationTrainer(TermTrainer):
         processes, dispatched = self.accelerator.num_processes, self.accelerator.dispatch_batches
         refuse_dispatched_draws(self.data_collator, self.train_dataset, processes, dispatched)
         self._set_objective(objective, teacher)
+        replace_stock(self)
 
     # ---- set-up ----
 
@@ -476,6 +472,12 @@ class DistillationTrainer(TermTrainer):
             ignore_keys = [*(ignore_keys or usual), *FEATURES, "projected"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the objective weighs its terms by at this step (alpha, the weights of a switch)."""
+        if "loss" in logs:
+            logs |= self._objective.schedule(self.progress)
+        super().log(logs, start_time)
+
     # ---- train and save ----
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -558,6 +560,7 @@ class DistillationTrainer(TermTrainer):
             self.args.hub_token = token
         if self.args.should_save:
             save_learned(self._objective, output_dir or self.args.output_dir)
+            self.write_card(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._load_renamed(resume_from_checkpoint, model):
@@ -574,6 +577,3 @@ class DistillationTrainer(TermTrainer):
         if not self._load_renamed(str(self.state.best_model_checkpoint)):
             super()._load_best_model()
         load_learned(self._objective, str(self.state.best_model_checkpoint))
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(NO_PUSH)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,16 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hfkd.cache import COLUMNS, cache_teacher
+from hfkd.cards import CardFacts
 from hfkd.data.collate import KeyedCollator
 from hfkd.functional import weight_distance
-from hfkd.hub import CardFacts, write_card
 from hfkd.objectives.objective import Objective
+from hfkd.objectives.self_distill import SelfDistill
 from hfkd.outputs import Batch
 from hfkd.records import file_hash, read_json, weights_hash, write_json
 from hfkd.teachers import CachedTeacher, Teacher
 from hfkd.trainers.arguments import SelfDistillationArguments
+from hfkd.trainers.card import Taught
 from hfkd.trainers.checkpoints import last_whole_checkpoint, load_renamed_weights, odd_files
 from hfkd.trainers.distillation import DistillationTrainer
 from hfkd.trainers.round_kinds import kind_of, rows_hash
@@ -116,8 +117,6 @@ class SelfDistillationTrainer(DistillationTrainer):
         self._beside_batch: Any = {}  # inputs of the student's forward that the round before gives
         self.round_objective: Any = objective or self.kind.distilled(self.args)
         self.kind.check(self.args, self.round_objective, self.data_collator, self.model.config, self.train_dataset)
-        # A recipe adds what only it knows: data, command, results
-        self.card_facts = CardFacts(pipeline_tag=self.kind.pipeline_tag)
 
     def _set_keyed_collator(self, numbered: bool) -> None:
         if self._own_collator:  # only now there is a model, which knows its patches
@@ -297,7 +296,7 @@ class SelfDistillationTrainer(DistillationTrainer):
         """There is nothing to score the encoder of the round before by."""
 
     def _close_round(self, directory: Path, output: TrainOutput) -> None:
-        self.save_model(str(directory))
+        self.save_model(str(directory), _internal_call=True)  # nothing is pushed before the last round is done
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             self.state.save_to_json(str(directory / "trainer_state.json"))
@@ -310,8 +309,8 @@ class SelfDistillationTrainer(DistillationTrainer):
                     path.name: file_hash(path) for path in [*directory.glob("*.safetensors"), directory / "config.json"]
                 },
             }
-            self.write_card(directory, [*self.finished_rounds()[: self.round], done])
             write_json(directory / DONE, done)
+            self.write_card(directory)  # with this round in it; a kill in between leaves the card of the save
             shutil.rmtree(self._features_directory(), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
@@ -328,57 +327,75 @@ class SelfDistillationTrainer(DistillationTrainer):
 
     # ---- cards ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.write_card(Path(output_dir or self.args.output_dir))
+    card_template = "self_distilled_encoder.md"
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_world_process_zero():
-            self.write_card(Path(self.args.output_dir))
+    def _round_in(self, folder: Path) -> int:
+        number = folder.name.removeprefix("round-")
+        return int(number) if number.isdigit() and folder == self.round_directory(int(number)) else self.round
 
-    def write_card(self, directory: Path, rounds: list[dict[str, Any]] | None = None, **facts: Any) -> None:
-        """Render README.md beside the weights in `directory`; `facts` override those of `card_facts`."""
-        rounds = self.finished_rounds() if rounds is None else rounds
-        objective = self.round_objective if self.round else self.kind.masked()
-        stages = [
-            {
-                "name": f"round {done['round']}",
-                "distance": done["distance_to_start"],
-                "losses": {name: value for name, value in done["metrics"].items() if name.endswith("_loss")},
-                "hash": next(iter(done["weights"].values()), ""),
-            }
-            for done in rounds
-        ]
-        write_card(
-            dataclasses.replace(
-                self.card_facts,
-                **{
-                    "student": self.card_facts.student or directory.resolve().name,
-                    "start": self.card_facts.start or getattr(self.model.config, "_name_or_path", ""),
-                    "objective": type(objective).__name__,
-                    "equation": objective.equation,
-                    "settings": {
-                        **objective.settings(),
-                        **without_none(self.kind.settings(self.data_collator, self.model.config)),
-                        **without_none(self._settings(("num_rounds", *RECORDED))),
-                    },
-                    "rounds": stages,
-                    "teacher": f"the encoder of round {self.round - 1}" if self.round else "",
-                    "versions": self.card_facts.versions or installed_versions(),
-                    **facts,
-                },
-            ),
-            directory,
+    def _name_in(self, folder: Path) -> str:
+        return folder.resolve().name
+
+    def _objective_in(self, folder: Path) -> Any:
+        return self.round_objective if self._round_in(folder) else self.kind.masked()
+
+    def _metrics_in(self, folder: Path) -> dict[str, float]:
+        return {}  # what an encoder is good for is measured after fine-tuning, by whoever does it
+
+    def _taught_in(self, folder: Path) -> Taught | None:
+        before = self._round_in(folder) - 1
+        if before < 0:
+            return None
+        done = read_json(self.round_directory(before) / DONE) or {"weights": {}}
+        weights = next((digest for name, digest in done["weights"].items() if name.endswith(".safetensors")), "")
+        branch = f"round-{before}" if self.hub_model_id else ""
+        return Taught(
+            "ModelTeacher", f"the encoder of round {before}", self.hub_model_id or "", branch, "", weights, []
         )
+
+    def _facts_read_off(self, folder: Path) -> CardFacts:
+        rounds, objective = self.finished_rounds()[: self._round_in(folder) + 1], self._objective_in(folder)
+        settings = {
+            **objective.settings(),
+            **without_none(self.kind.settings(self.data_collator, self.model.config)),
+            **without_none(self._settings(("num_rounds", *RECORDED))),
+        }
+        return dataclasses.replace(
+            super()._facts_read_off(folder),
+            rounds=[_stage(done) for done in rounds],
+            settings=settings,
+            pipeline_tag=self.kind.pipeline_tag,
+            label_names=[],
+            citations=[SelfDistill.paper],
+        )
+
+    def _saved_students(self) -> list[tuple[Path, str, str | None]]:
+        """Every round has a branch of its own; the last one is the main branch too."""
+        rounds, name = [done["round"] for done in self.finished_rounds()], self.hub_model_id or ""
+        if not rounds:
+            raise ValueError(f"{self.args.output_dir} holds no finished round to push: train() first")
+        branches = [(self.round_directory(round), name, f"round-{round}") for round in rounds]
+        return [*branches, (branches[-1][0], name, None)]
+
+    def _write_published_card(self, folder: Path, facts: dict[str, Any]) -> None:
+        """The results are the last round's: the rounds before it claim none."""
+        number = self._round_in(folder)
+        claims = {} if number == self.args.num_rounds else {"stage": f"round {number}"}
+        super()._write_published_card(folder, {**claims, **facts})
+
+
+def _stage(done: dict[str, Any]) -> dict[str, Any]:
+    """A finished round as a card lists it."""
+    return {
+        "name": f"round {done['round']}",
+        "distance": done["distance_to_start"],
+        "losses": {name: value for name, value in done["metrics"].items() if name.endswith("_loss")},
+        "hash": next(iter(done["weights"].values()), ""),
+    }
 
 
 def without_none(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def installed_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in ("hfkd", "transformers", "torch", "accelerate", "datasets")}
 
 
 def refuse_wrong_arguments(

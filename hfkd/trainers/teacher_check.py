@@ -185,6 +185,10 @@ def logits_in_eval_mode(model: nn.Module, views: list[dict[str, Any]]) -> list[T
     finally:
         for module, mode in modes:
             module.training = mode
+            if hasattr(
+                module, "reshard"
+            ):  # FSDP2 leaves the outermost weights whole, and an optimizer made now would hold copies
+                module.reshard()
 
 
 def refuse_other_shapes(student: list[Tensor], teacher: list[Tensor]) -> None:

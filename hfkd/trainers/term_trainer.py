@@ -92,6 +92,8 @@ class TermTrainer(Trainer):
         return {name: values.sum() * scale / counts[name].clamp(min=1) for name, values in terms.items()}
 
     def _refuse_unwrapped(self, model: nn.Module) -> None:
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            return  # FSDP2 of transformers: the model itself reduces its gradients
         distributed = "MULTI_" in str(self.accelerator.distributed_type)
         if distributed and not isinstance(
             getattr(model, "_orig_mod", model), DistributedDataParallel

@@ -1,0 +1,201 @@
+"""What a trainer knows about its student, for the card and for teacher_manifest.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hfkd.cards import CardFacts
+from hfkd.outputs import Batch
+from hfkd.records import weights_hash
+from hfkd.teachers.asking import inputs_of, without_adapter
+from hfkd.teachers.labels import class_names
+from hfkd.teachers.model import public_name
+
+PACKAGES = ("hfkd", "transformers", "torch", "accelerate", "datasets")
+HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForMaskedLM": "fill-mask",
+}
+# Of what `args` hold: what a stranger needs to repeat the run
+BUDGET = (
+    *("learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", "max_steps", "lr_scheduler_type", "optim"),
+    *("label_smoothing_factor", "seed", "bf16", "fp16"),
+)
+NO_METRIC = ("_loss", "_runtime", "_per_second", "_agreement")
+FROM_FILES = {"csv", "json", "parquet", "text", "imagefolder", "generator", "arrow", "pandas"}  # no names of data sets
+
+
+def installed_versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def command() -> str:
+    """How this process was started; redacted on the card."""
+    script = Path(sys.argv[0] if sys.argv else "")
+    if script.suffix != ".py":
+        return "python  # interactively: a notebook or a shell"
+    here = script.resolve().is_relative_to(Path.cwd())
+    shown = script.resolve().relative_to(Path.cwd()) if here else Path(script.name)
+    return shlex.join(["python", shown.as_posix(), *sys.argv[1:]])
+
+
+def pipeline_tag_of(model: Any) -> str:
+    name = type(without_adapter(model)).__name__
+    return next((tag for head, tag in HEADS.items() if head in name), "")
+
+
+def imports_of(model: Any) -> list[str]:
+    """What must be imported before the Auto classes know its architecture."""
+    place = type(without_adapter(model)).__module__
+    return [place] if place.startswith("hfkd.") else []
+
+
+def settings_of(trainer: Any, objective: Any) -> dict[str, Any]:
+    """The objective's, then those of the budget that are set."""
+    args = trainer.args
+    budget = {name: getattr(value := getattr(args, name), "value", value) for name in BUDGET}
+    if args.max_steps > 0:
+        budget["num_train_epochs"] = None  # the steps bound the training, not they
+    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        **objective.settings(),
+        "rows_per_step": rows,
+        **{name: value for name, value in budget.items() if value not in (None, 0, 0.0, False, -1)},
+    }
+
+
+def last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the last evaluation, without losses, times and what compares with the teacher."""
+    entries = (
+        {
+            name.removeprefix("eval_"): float(value)
+            for name, value in entry.items()
+            if name.startswith("eval_") and not name.endswith(NO_METRIC) and not name.startswith("eval_fidelity_")
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        for entry in reversed(history)
+    )
+    return next((metrics for metrics in entries if metrics), {})
+
+
+def datasets_of(rows: Any) -> list[str]:
+    """The name that a data set was loaded by, where it has one."""
+    info = getattr(rows, "info", None)
+    name = getattr(info, "dataset_name", None)
+    if not name or name in FROM_FILES or (getattr(info, "builder_name", None) in FROM_FILES and not _on_hub(info)):
+        return []
+    return [name]
+
+
+def _on_hub(info: Any) -> bool:
+    return any(str(source).startswith("hf://") for source in getattr(info, "download_checksums", None) or ())
+
+
+def fidelity_of(trainer: Any) -> dict[str, Any]:
+    """The last report of a DiagnosticsCallback, where there is one."""
+    reports = [getattr(callback, "last", None) for callback in trainer.callback_handler.callbacks]
+    return next((report.to_dict() for report in reports if report is not None), {})
+
+
+# ---- the teacher ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """Who answered. repo: its Hub id, "" where it is not known to be on the Hub."""
+
+    kind: str
+    name: str
+    repo: str
+    revision: str
+    dtype: str
+    weights: str
+    labels: list[str]
+
+
+def taught_by(teacher: Any) -> Taught | None:
+    """Of the Teacher that the objective asks; None without one."""
+    if teacher is None:
+        return None
+    facts = teacher.facts()
+    members = [str(member.get("name")) for member in facts["members"]]
+    named = facts if facts.get("name") or len(members) != 1 else facts["members"][0]  # a cache of one
+    config = teacher.config
+    commit = getattr(teacher, "commit", "")
+    name = named.get("name") or f"{facts.get('combine', 'ensemble')} of {len(members)}: {', '.join(members)}"
+    return Taught(
+        facts["kind"],
+        name,
+        name if commit else "",
+        named.get("revision") or commit,
+        named.get("dtype") or "",
+        teacher_weights(teacher),
+        class_names(config) or [] if config is not None else [],
+    )
+
+
+def teacher_weights(teacher: Any) -> str:
+    """sha256 over its weights; over the members' hashes where there are several. "" where nobody can tell."""
+    try:
+        hashes = [weights_hash(weights) for weights in teacher.weights()]
+    except ValueError:
+        return getattr(teacher, "weights_sha256", "")
+    return hashes[0] if len(hashes) == 1 else weights_of_members(hashes)
+
+
+def weights_of_members(hashes: list[str]) -> str:
+    import hashlib
+
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def shown_to_teacher(teacher: Any, batch: Batch) -> tuple[Any, dict[str, Any]] | None:
+    """The teacher's model and what it reads of a batch; None where no model is in memory."""
+    model = getattr(teacher, "model", None)
+    return None if model is None else (model, inputs_of(batch, teacher._inputs, teacher.view))
+
+
+def manifest_facts(facts: CardFacts, taught: Taught | None, objective: Any) -> dict[str, Any]:
+    """The content of teacher_manifest.json, but for the hashes of files. objective: None for a model that learned elsewhere."""
+    hidden = facts.teacher_private
+    teacher = taught and {
+        "id": None if hidden else facts.teacher or taught.name,
+        "repo": None if hidden else facts.teacher_repo or None,
+        "revision": None if hidden else facts.teacher_revision or None,
+        "dtype": taught.dtype or None,
+        "weights": taught.weights or None,
+        "labels": taught.labels,
+        "private": bool(hidden),
+        "kind": taught.kind,
+    }
+    stage = facts.stage or facts.student
+    return {
+        "role": facts.role,
+        "teacher": teacher,
+        "objective": objective
+        and {
+            "name": type(objective).__name__,
+            "settings": objective.settings(),
+            "equation": objective.equation,
+            "paper": objective.paper,
+        },
+        "labels": facts.label_names,
+        "task": facts.task or None,
+        "metrics": {row["metric"]: row["mean"] for row in facts.results if row.get("stage") in (stage, None)},
+        "evaluated_on": None,
+        "versions": facts.versions,
+    }
+
+
+def public_start(model: Any) -> str:
+    """What the student was before training; "" for weights that were drawn at random."""
+    config = getattr(model, "config", None)
+    return public_name(model) if getattr(config, "_name_or_path", "") else ""

@@ -1,0 +1,198 @@
+"""From finished runs to their cards and, with --push_to_hub, to the Hub.
+
+Every saved student gets a card with the study's table. With --push_to_hub the first student goes to the main branch of
+--hub_model_id (default: the output folder's name), the others to branches named after them; --push_teacher uploads the
+teacher to a repository of its own, and the cards link to each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfkd import hub
+from hfkd.cards import CardFacts, write_card
+from hfkd.data.images import IMAGE_TASKS
+from hfkd.data.text import TEXT_TASKS
+from hfkd.diagnostics.metrics import mean_and_std, paired_difference
+from hfkd.manifest import read_manifest, write_manifest
+from hfkd.records import read_json, write_json
+from hfkd.trainers.card import command
+
+FACTS_FILE = "card_facts.json"  # beside the weights, and not uploaded
+TEMPLATES = {"member": "collaborative_student.md"}
+
+
+@dataclass
+class Publication:
+    """What a study has to show. students: by shown name, the folders of their saved models, the headline first. scores: by
+    shown name, one number a seed, of teacher and baselines too. baseline: whom the others are compared with, paired by seed.
+    teacher: its shown name and its folder or Hub id; None where there is none, or several.
+    """
+
+    students: dict[str, Path]
+    scores: dict[str, list[float]]
+    metric: str
+    baseline: str | None = None
+    teacher: tuple[str, str | Path] | None = None
+    limits: list[str] = field(default_factory=list)
+
+
+def publish(runs: Any, *studies: Publication) -> None:
+    """Write the cards, and upload what the arguments ask for; on the main process. Several studies share one teacher."""
+    args, pushed = runs.args, [(study, *one) for study in studies for one in saved_students(study, runs.repository)]
+    repositories = list(dict.fromkeys(repository for *_, repository, _ in pushed if repository))
+    teacher = named_teacher(args, studies[0], runs.repository, repositories)
+    for study, name, folder, repository, branch in pushed:
+        facts = with_results(read_facts(folder), study, name, repository)
+        facts = dataclasses.replace(facts, branch=branch or "", **(teacher if facts.teacher else {}))
+        write_whole_card(folder, facts)
+        if repository:
+            uploaded(folder, repository, args, branch)
+
+
+def saved_students(study: Publication, repository: str) -> list[tuple[str, Path, str, str | None]]:
+    """Shown name, folder, repository and branch (None: the main one); a member of a group has a repository of its own."""
+    found = []
+    for name, folder in study.students.items():
+        if is_saved(folder):
+            own = f"{repository}-{folder.name}" if repository and read_facts(folder).role == "member" else repository
+            branch = re.sub(r"[^\w.-]+", "-", name).strip("-.") if found else None
+            found.append((name, folder, own, branch))
+    return found
+
+
+def uploaded(folder: Path, repository: str, args: Any, branch: str | None = None) -> hub.Published:
+    done = hub.publish(
+        folder,
+        repository,
+        revision=branch or args.hub_revision,
+        private=args.hub_private_repo,
+        token=args.hub_token,
+        name_private_teacher=args.name_private_teacher,
+    )
+    print(f"  pushed                 {done.url}")
+    return done
+
+
+def named_teacher(args: Any, study: Publication, repository: str, students: list[str]) -> dict[str, Any]:
+    """What the students' cards say of a teacher that was saved in this run or given; uploaded where that is wanted."""
+    if study.teacher is None:
+        return {}
+    name, source = study.teacher
+    folder = Path(source)
+    if not folder.is_dir():
+        hidden = bool(repository) and not args.name_private_teacher and hub.is_private(str(source), args.hub_token)
+        return {"teacher": str(source), "teacher_repo": str(source), "teacher_private": hidden}
+    pushed = args.hub_teacher_id or f"{repository}-teacher" if repository and args.push_teacher else ""
+    if is_saved(folder):
+        facts = with_results(read_facts(folder), study, name, pushed)
+        write_whole_card(folder, dataclasses.replace(facts, role="teacher", students=students, group=[]))
+    if pushed:
+        return {"teacher": pushed, "teacher_repo": pushed, "teacher_revision": uploaded(folder, pushed, args).commit}
+    kind = (read_json(folder / "config.json") or {}).get("architectures") or ["model"]
+    return {"teacher": f"a {kind[0]} that was trained on the same data"}
+
+
+def with_results(facts: CardFacts, study: Publication, name: str, repository: str) -> CardFacts:
+    rows = []
+    for shown, scores in study.scores.items():
+        if scores:
+            mean, std, seeds = mean_and_std(scores)
+            row = {"stage": shown, "metric": study.metric, "mean": mean, "std": std, "seeds": seeds}
+            rows.append({**row, "dataset": facts.datasets[0] if facts.datasets else None})
+    return dataclasses.replace(
+        facts,
+        student=repository.rpartition("/")[2] or facts.student,
+        repo_id=repository,
+        stage=name,
+        results=rows or facts.results,
+        differences=differences(study),
+        limits=[*facts.limits, *study.limits],
+    )
+
+
+def differences(study: Publication) -> list[dict[str, Any]]:
+    """Of every other student to the baseline, where the seeds pair up."""
+    reference, found = study.scores.get(study.baseline or "", []), []
+    for name in study.students:
+        scores = study.scores.get(name, [])
+        if name != study.baseline and len(scores) == len(reference) > 1:
+            mean, low, high = paired_difference(scores, reference)
+            shown = {"name": f"{name} - {study.baseline}", "metric": study.metric, "seeds": len(scores)}
+            found.append({**shown, "mean": mean, "low": low, "high": high})
+    return found
+
+
+def push_rounds(trainer: Any, fine_tuned: Path | None) -> None:
+    """Every round to a branch, the last one to the main branch; its classifier to a repository of its own."""
+    print(f"  pushed                 {trainer.push_to_hub().url}")
+    if fine_tuned is not None:
+        uploaded(fine_tuned, f"{trainer.hub_model_id}-fine-tuned", trainer.args)
+
+
+# ---- facts, kept beside the weights until the study is done ----
+
+
+def known_facts(recipe: Any, args: Any) -> CardFacts:
+    """What a recipe knows before training."""
+    task = getattr(recipe, "task", None) or ""
+    columns = list(TEXT_TASKS[task].text_columns) if task in TEXT_TASKS else []
+    return CardFacts(datasets=data_names(recipe), task=task, inputs=columns, command=command())
+
+
+def data_names(recipe: Any) -> list[str]:
+    """Hub ids, or the name of embedded data, a file or a folder."""
+    row = {**TEXT_TASKS, **IMAGE_TASKS}.get(getattr(recipe, "task", None) or "")
+    if row is not None:
+        return [row.path or recipe.task]
+    given = (getattr(recipe, name, None) for name in ("dataset_name", "train_file", "data_dir"))
+    return [Path(str(name)).name if Path(str(name)).exists() else str(name) for name in given if name][:1]
+
+
+def keep_facts(folder: Path, facts: CardFacts) -> None:
+    write_json(folder / FACTS_FILE, json.loads(json.dumps(dataclasses.asdict(facts), default=str)))
+
+
+def read_facts(folder: Path) -> CardFacts:
+    return CardFacts(**read_json(folder / FACTS_FILE))
+
+
+def is_saved(folder: Path) -> bool:
+    return (folder / FACTS_FILE).is_file()
+
+
+def write_whole_card(folder: Path, facts: CardFacts) -> None:
+    """The card, and the manifest with the study's scores."""
+    write_card(facts, folder, TEMPLATES.get(facts.role, "student.md"))
+    found = {name: value for name, value in (read_manifest(folder) or {}).items() if name not in ("format", "files")}
+    teacher = found.get("teacher")
+    if teacher is not None and facts.teacher_private:
+        teacher = {**teacher, "id": None, "repo": None, "revision": None, "private": True}
+    elif teacher is not None:
+        known = {"id": facts.teacher, "repo": facts.teacher_repo, "revision": facts.teacher_revision}
+        teacher = {**teacher, **{name: value for name, value in known.items() if value}}
+    metrics = {row["metric"]: row["mean"] for row in facts.results if row["stage"] == facts.stage}
+    write_manifest(
+        folder, {**found, "role": facts.role, "task": facts.task or None, "teacher": teacher, "metrics": metrics}
+    )
+
+
+def refuse_unpublishable(args: Any, name: str) -> str:
+    """The repository, "" where nothing is pushed. Token, name and owner are checked before anything is trained."""
+    if args.push_teacher and not args.push_to_hub:
+        raise ValueError("--push_teacher goes with --push_to_hub: the two cards link to each other")
+    return hub.check_access(args.hub_model_id or name, token=args.hub_token) if args.push_to_hub else ""
+
+
+def scores_by(
+    results: Iterable[dict[str, Any]], shown: dict[str, str], metric: str, key: str = "run"
+) -> dict[str, list[float]]:
+    """Of rows `{key: name, metric: value}` the values by shown name."""
+    rows = [row for row in results if row.get(metric) is not None]
+    return {label: [row[metric] for row in rows if row[key] == name] for name, label in shown.items()}
