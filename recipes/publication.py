@@ -36,7 +36,7 @@ class Publication:
     """
 
     students: dict[str, Path]
-    scores: dict[str, list[float]]
+    scores: dict[str, list[float]]  # the first is that of the saved model
     metric: str
     baseline: str | None = None
     teacher: tuple[str, str | Path] | None = None
@@ -47,11 +47,12 @@ def publish(runs: Any, *studies: Publication) -> None:
     """Write the cards, and upload what the arguments ask for; on the main process. Several studies share one teacher."""
     args, pushed = runs.args, [(study, *one) for study in studies for one in saved_students(study, runs.repository)]
     repositories = list(dict.fromkeys(repository for *_, repository, _ in pushed if repository))
-    teacher = named_teacher(args, studies[0], runs.repository, repositories)
+    place = scored_rows(runs)
+    teacher = named_teacher(args, studies[0], runs.repository, repositories, place)
     for study, name, folder, repository, branch in pushed:
         facts = with_results(read_facts(folder), study, name, repository)
         facts = dataclasses.replace(facts, branch=branch or "", **(teacher if facts.teacher else {}))
-        write_whole_card(folder, facts)
+        write_whole_card(folder, facts, own_score(study, name), place)
         if repository:
             uploaded(folder, repository, args, branch)
 
@@ -80,7 +81,24 @@ def uploaded(folder: Path, repository: str, args: Any, branch: str | None = None
     return done
 
 
-def named_teacher(args: Any, study: Publication, repository: str, students: list[str]) -> dict[str, Any]:
+def own_score(study: Publication, name: str) -> dict[str, float]:
+    """Of the saved model, which is that of the first seed; the card has the mean over seeds."""
+    return {study.metric: study.scores[name][0]} if study.scores.get(name) else {}
+
+
+def scored_rows(runs: Any) -> dict[str, Any]:
+    """Where the scores are from, so that `hfkd eval` finds the same rows."""
+    held_out, recipe = next(iter(runs.data.held_out.values())), runs.recipe
+    return {
+        "split": recipe.evaluate_on,
+        "rows": len(held_out),
+        "max_length": getattr(recipe, "max_length", None),
+    }
+
+
+def named_teacher(
+    args: Any, study: Publication, repository: str, students: list[str], place: dict[str, Any]
+) -> dict[str, Any]:
     """What the students' cards say of a teacher that was saved in this run or given; uploaded where that is wanted."""
     if study.teacher is None:
         return {}
@@ -92,7 +110,8 @@ def named_teacher(args: Any, study: Publication, repository: str, students: list
     pushed = args.hub_teacher_id or f"{repository}-teacher" if repository and args.push_teacher else ""
     if is_saved(folder):
         facts = with_results(read_facts(folder), study, name, pushed)
-        write_whole_card(folder, dataclasses.replace(facts, role="teacher", students=students, group=[]))
+        facts = dataclasses.replace(facts, role="teacher", students=students, group=[])
+        write_whole_card(folder, facts, own_score(study, name), place)
     if pushed:
         return {"teacher": pushed, "teacher_repo": pushed, "teacher_revision": uploaded(folder, pushed, args).commit}
     kind = (read_json(folder / "config.json") or {}).get("architectures") or ["model"]
@@ -167,8 +186,8 @@ def is_saved(folder: Path) -> bool:
     return (folder / FACTS_FILE).is_file()
 
 
-def write_whole_card(folder: Path, facts: CardFacts) -> None:
-    """The card, and the manifest with the study's scores."""
+def write_whole_card(folder: Path, facts: CardFacts, metrics: dict[str, float], place: dict[str, Any]) -> None:
+    """The card, and the manifest with the model's own scores."""
     write_card(facts, folder, TEMPLATES.get(facts.role, "student.md"))
     found = {name: value for name, value in (read_manifest(folder) or {}).items() if name not in ("format", "files")}
     teacher = found.get("teacher")
@@ -177,10 +196,8 @@ def write_whole_card(folder: Path, facts: CardFacts) -> None:
     elif teacher is not None:
         known = {"id": facts.teacher, "repo": facts.teacher_repo, "revision": facts.teacher_revision}
         teacher = {**teacher, **{name: value for name, value in known.items() if value}}
-    metrics = {row["metric"]: row["mean"] for row in facts.results if row["stage"] == facts.stage}
-    write_manifest(
-        folder, {**found, "role": facts.role, "task": facts.task or None, "teacher": teacher, "metrics": metrics}
-    )
+    scores = {"metrics": metrics, "evaluated_on": place}
+    write_manifest(folder, {**found, **scores, "role": facts.role, "task": facts.task or None, "teacher": teacher})
 
 
 def refuse_unpublishable(args: Any, name: str) -> str:

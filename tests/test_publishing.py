@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset
 
 import launching
 from group_run import group_trainer
-from hfkd import KD, DistillationArguments, DistillationTrainer
+from hfkd import KD, DistillationArguments, DistillationTrainer, cli
 from hfkd.cards import CardFacts, check_card
 from hfkd.hub import pull
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
@@ -320,7 +320,7 @@ def test_every_student_of_a_group_has_a_repository(hub, tmp_path):
 
 
 @pytest.mark.launch
-def test_a_recipe_pushes_student_baseline_and_teacher(hub, tmp_path):
+def test_a_recipe_pushes_student_baseline_and_teacher(hub, tmp_path, capsys):
     """The card that a recipe uploads has the study's table; the flag that does nothing is found by its first user."""
     model(0).save_pretrained(tmp_path / "start")
     tiny_tokenizer().save_pretrained(tmp_path / "start")
@@ -354,6 +354,10 @@ def test_a_recipe_pushes_student_baseline_and_teacher(hub, tmp_path):
     assert "student-labels-only" in hub.branches("tester/study") and "recipes/distill_text.py" in card
     check_card(card)
     assert names(hub, "tester/study") == STUDENT == names(hub, "tester/study-teacher")
+    data = ["--train_file", str(tmp_path / "train.csv"), "--test_file", str(tmp_path / "test.csv"), "--json"]
+    with hub.connected():
+        for name in ("tester/study", "tester/study-teacher"):
+            assert cli.main(["eval", name, *data]) == 0 and json.loads(capsys.readouterr().out)["same"]
 
 
 def test_a_cache_of_answers_goes_up_as_a_data_set_and_comes_back(hub, tmp_path, monkeypatch):

@@ -163,8 +163,9 @@ def shown_to_teacher(teacher: Any, batch: Batch) -> tuple[Any, dict[str, Any]] |
     return None if model is None else (model, inputs_of(batch, teacher._inputs, teacher.view))
 
 
-def manifest_facts(facts: CardFacts, taught: Taught | None, objective: Any) -> dict[str, Any]:
-    """The content of teacher_manifest.json, but for the hashes of files. objective: None for a model that learned elsewhere."""
+def manifest_facts(facts: CardFacts, taught: Taught | None, objective: Any, rows: int = 0) -> dict[str, Any]:
+    """The content of teacher_manifest.json, but for the hashes of files. objective: None for a model that learned elsewhere.
+    rows: those that it was evaluated on."""
     hidden = facts.teacher_private
     teacher = taught and {
         "id": None if hidden else facts.teacher or taught.name,
@@ -190,7 +191,7 @@ def manifest_facts(facts: CardFacts, taught: Taught | None, objective: Any) -> d
         "labels": facts.label_names,
         "task": facts.task or None,
         "metrics": {row["metric"]: row["mean"] for row in facts.results if row.get("stage") in (stage, None)},
-        "evaluated_on": None,
+        "evaluated_on": {"rows": rows} if rows else None,
         "versions": facts.versions,
     }
 

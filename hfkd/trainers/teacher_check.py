@@ -185,10 +185,9 @@ def logits_in_eval_mode(model: nn.Module, views: list[dict[str, Any]]) -> list[T
     finally:
         for module, mode in modes:
             module.training = mode
-            if hasattr(
-                module, "reshard"
-            ):  # FSDP2 leaves the outermost weights whole, and an optimizer made now would hold copies
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)
+            if reshard is not None:  # FSDP2 leaves the outermost weights whole: an optimizer made now would hold copies
+                reshard()
 
 
 def refuse_other_shapes(student: list[Tensor], teacher: list[Tensor]) -> None:
