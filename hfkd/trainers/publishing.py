@@ -136,7 +136,9 @@ class PublishingTrainer(TermTrainer):
         folder = Path(folder)
         found = dataclasses.replace(self.facts(folder), **facts)
         write_card(found, folder, self.card_template)
-        rows = self.eval_dataset if hasattr(self.eval_dataset, "column_names") else []  # of several, nobody knows which
+        rows: Any = (
+            self.eval_dataset if hasattr(self.eval_dataset, "column_names") else []
+        )  # of several, nobody knows which
         taught, objective = self._taught_in(folder), self._objective_in(folder)
         write_manifest(folder, manifest_facts(found, taught, objective, len(rows)))
 
