@@ -276,6 +276,11 @@ class DistillationTrainer(PublishingTrainer):
                 f"{type(self._objective).__name__} trains a projection between the two widths, which the given optimizer does "
                 "not hold: pass optimizer_cls_and_kwargs instead of optimizers"
             )
+        if self._objective.attached is not None and self.is_fsdp_enabled:
+            raise ValueError(
+                f"{type(self._objective).__name__} trains a projection, whose gradients accelerate's FSDP would not synchronise: "
+                "load the student with transformers' DistributedConfig(fsdp_size=...), or take DDP"
+            )
         self._check_teacher()
         self._equip()
         return super().create_optimizer(model)
