@@ -24,11 +24,15 @@ from transformers import EvalPrediction, PrinterCallback
 
 from hfkd import DistillationArguments, DistillationTrainer
 from hfkd.data.collate import KeyedCollator
+from hfkd.diagnostics import FidelityReport, report_of_logits
+from hfkd.diagnostics.callback import log_report
 from hfkd.diagnostics.evaluate_metrics import compute_metrics_for
 from hfkd.diagnostics.metrics import agreement, expected_calibration_error
+from hfkd.diagnostics.trackers import refuse_without_key
 from hfkd.objectives import Objective
 from hfkd.records import read_json, weights_hash, write_json
 from hfkd.teachers import Teacher
+from hfkd.teachers.labels import class_names
 from hfkd.trainers.checkpoints import last_whole_checkpoint
 from hfkd.trainers.self_distillation import RECORDED
 from program import rows_per_step
@@ -145,9 +149,22 @@ class Runs:
         seconds = done.metrics["train_runtime"] / max(taken, 1)
         costs = {"steps": steps, "seconds_per_step": seconds, "peak_mib": memory.peak()}
         logits = {prefix: predict(trainer, rows) for prefix, rows in run.view.held_out.items()}
+        trainer.card_facts = known_facts(self.recipe, self.args)
+        if run.answers and self.data.problem_type == "single_label_classification":
+            found = self.compared(trainer, run, logits)
+            trainer.card_facts.fidelity = found.to_dict()
+            if trainer.args.report_to:
+                log_report(trainer, found, folder / "fidelity", "test_fidelity_")
         if run.keep:
             self.save(trainer, folder)
         return self.close(run, folder, {**self.score(run, logits), **costs}, logits)
+
+    def compared(self, trainer: Any, run: Run, logits: dict[str, Any]) -> FidelityReport:
+        """How like its teacher the student is, on the first held-out split: for the card and the trackers."""
+        first = next(iter(logits))
+        labels, names = run.view.held_out[first]["label"][:], class_names(trainer.model.config)
+        settings = {"class_names": names, "student": run.name, "bootstrap": 0}
+        return report_of_logits(logits[first], run.answers[first], labels, **settings)
 
     def close(self, run: Run, folder: Path, found: dict[str, Any], logits: dict[str, Any]) -> dict[str, Any]:
         result = {"run": run.name, "seed": run.seed, **found}
@@ -184,6 +201,7 @@ class Runs:
         args = copy.copy(self.args)
         changes = {"objective": None, "temperature": None, "alpha": None, "objective_kwargs": None, **run.budget}
         changes |= {"output_dir": str(folder), "seed": run.seed, "data_seed": run.seed, "resume_from_checkpoint": None}
+        changes["run_name"] = f"{self.output.name}/{run.name}/seed-{run.seed}"  # study, kind and seed in a tracker
         changes["push_to_hub"] = False  # the study is published when it is done
         if run.objective is not None:
             changes["label_smoothing_factor"] = 0.0  # the objective has it already
@@ -193,7 +211,6 @@ class Runs:
 
     def save(self, trainer: DistillationTrainer, folder: Path) -> None:
         partial = folder / "model.partial"
-        trainer.card_facts = known_facts(self.recipe, self.args)
         trainer.save_model(str(partial))
         wait_for_everyone()
         if self.args.process_index == 0:
@@ -290,6 +307,7 @@ def resumes(args: DistillationArguments) -> bool:
 
 
 def refuse_unusable(args: DistillationArguments, data: Any) -> None:
+    refuse_without_key(args)
     if args.load_best_model_at_end:
         raise ValueError("runs are scored at their last step: leave load_best_model_at_end off")
     if args.eval_strategy.value != "no" and data.validation is None:

@@ -254,6 +254,7 @@ def rounds_trainer(
     settings = copy.copy(args)
     if recipe.pretrain_steps:
         settings.max_steps = bounded(recipe.pretrain_steps, args)
+    settings.run_name = "/".join([Path(args.output_dir).name, *output.relative_to(args.output_dir).parts])
     for name, value in {"output_dir": str(output), **changes}.items():
         setattr(settings, name, value)
     length = recipe.max_length if recipe.pad_to_max_length else None

@@ -343,6 +343,7 @@ def rounds_trainer(
     if recipe.pretrain_steps:
         settings.max_steps = bounded(recipe.pretrain_steps, args)
     seeds = {"seed": args.seed + number, "data_seed": args.data_seed + number}
+    settings.run_name = "/".join([Path(args.output_dir).name, *output.relative_to(args.output_dir).parts])
     for name, value in {"output_dir": str(output), **seeds, **changes}.items():
         setattr(settings, name, value)
     settings.cache_teacher_features &= caching_is_equal(settings)

@@ -1,5 +1,6 @@
 """Tests run on one thread, without a network, and draw the same examples every time."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # hard: a test that reaches the Hub passes here and fails elsewhere
@@ -18,6 +19,12 @@ import torch
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("hfkd", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("hfkd")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_imported_is_not_searched_for_garbage():
+    """The Trainer collects garbage after every run: over all the modules imported that is most of a tiny run's time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,11 +1,12 @@
 """Scripts in processes of their own: killed ones, and two that train together.
 
-They are forked from a server that has imported everything once, because the imports take longer than most of these tests.
-The recipes' tests start real commands, `accelerate launch` and torchrun among them.
+They are forked from a server that has imported everything but hfkd once, because the imports take longer than most of
+these tests. Two real commands are left: `accelerate launch` in test_recipes.py and the one in test_scaling.py.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -15,11 +16,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PRELOADED = [
-    "hfkd.testing",
-    "hfkd.trainers.self_distillation",
-    "hfkd.trainers.collaborative",
-    "hfkd.models.two_view_mae",
+PRELOADED = [  # not hfkd: what is saved must load where nobody has heard of it
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "kornia.augmentation",
+    "matplotlib.pyplot",
+    "scipy.stats",
+    "sklearn.metrics",
+    "torch._dynamo",
+    "torch.distributed.nn",
+    "transformers.trainer",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.roberta.modeling_roberta",
+    "transformers.models.vit.modeling_vit",
+    "transformers.models.vit_mae.modeling_vit_mae",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta",
 ]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
@@ -68,10 +80,12 @@ def _run(script: str, words: tuple[str, ...], rank: int, processes: int, port: i
     with open(printed, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed last stands last
     if processes > 1:  # as torchrun sets them
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in values.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    gc.freeze()  # what the server imported is not searched for garbage after every run
     sys.argv = [script, *words]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

@@ -41,8 +41,8 @@ def test_the_distillation_benchmark_measures_every_side(tmp_path):
     path = tmp_path / "numbers.json"
     tiny = ["--student", "1", "32", "--teacher", "1", "64", "--vocab_size", "30522", "--steps", "2", "--blocks", "1"]
     short = ["--batch_size", "8", "--length", "16", "--rows", "40", "--leak_steps", "20", "--json", str(path)]
-    command = [sys.executable, str(BENCHMARKS / "distillation_step.py"), *tiny, *short]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    done = launching.run(BENCHMARKS / "distillation_step.py", *tiny, *short, log=tmp_path / "log")
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(path.read_text())
     assert {"copied snippet", "hfkd, online", "hfkd, cached", "hfkd, five cached"} <= found["step"].keys()
     assert all(seconds > 0 for part in ("step", "padding", "cache") for seconds in found[part].values())
@@ -55,8 +55,8 @@ def test_the_image_benchmark_measures_every_side(tmp_path):
     path = tmp_path / "numbers.json"
     tiny = ["--task", "mnist_5k", "--student", "resnet10-xxxs", "--teacher", "resnet10-xxs", "--vit", "1", "32"]
     short = ["--batch_size", "4", "--steps", "2", "--blocks", "1", "--json", str(path)]
-    command = [sys.executable, str(BENCHMARKS / "image_step.py"), *tiny, *short]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300)
+    done = launching.run(BENCHMARKS / "image_step.py", *tiny, *short, log=tmp_path / "log")
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(path.read_text())
     assert {"bare student", "bare teacher's forward", "hfkd, online"} <= found["step"].keys()
     assert {"bare MAE + clean pass", "hfkd, teacher asked", "hfkd, features cached"} <= found["rounds"].keys()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -24,6 +20,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+import launching
 from hfkd import cache
 from hfkd.cache import cache_members, cache_teacher, load_cache, verify_cache
 from hfkd.data.collate import KeyedCollator
@@ -638,15 +635,10 @@ cache.cache_teacher(Dataset.from_list(tiny_rows(200)), Slow({folder!r}), {direct
 """
 
 
-def start(tmp_path, directory, delay):
-    script = SCRIPT.format(folder=str(tmp_path / "teacher"), directory=str(directory), delay=delay)
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+def start(tmp_path, directory, delay, log):
+    script = tmp_path / "caches.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path / "teacher"), directory=str(directory), delay=delay))
+    return launching.started(script, log=log)[0]
 
 
 def arrow_bytes(directory):
@@ -659,12 +651,12 @@ def test_a_killed_call_goes_on_and_ends_as_if_never_killed(tmp_path, chunks_of_1
     classifier().save_pretrained(tmp_path / "teacher")
     dataset, directory = rows(200), tmp_path / "killed"
     unfinished = tmp_path / "killed.unfinished"
-    process = start(tmp_path, directory, 0.1)
+    process = start(tmp_path, directory, 0.1, tmp_path)
     while len(list(unfinished.glob("rows-*.arrow"))) < 4:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), (tmp_path / "printed-0.txt").read_text()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     done = sorted(unfinished.glob("rows-*.arrow"))
     assert not directory.exists() and 4 <= len(done) < 13
     kept = {path: path.stat().st_mtime_ns for path in done}
@@ -704,10 +696,13 @@ def test_a_killed_call_goes_on_and_ends_as_if_never_killed(tmp_path, chunks_of_1
 def test_several_processes_make_one_cache(tmp_path):
     """Every process of torchrun runs the recipe: without turns they write into each other's files."""
     classifier().save_pretrained(tmp_path / "teacher")
-    processes = [start(tmp_path, tmp_path / "cache", 0.02) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    assert sorted(sum(map(int, out.split())) for out, _ in outputs) == [0, 200]
+    logs = [tmp_path / "first", tmp_path / "second"]
+    processes = [start(tmp_path, tmp_path / "cache", 0.02, log) for log in logs]
+    for process in processes:
+        process.join(120)
+    outputs = [(log / "printed-0.txt").read_text() for log in logs]
+    assert all(process.exitcode == 0 for process in processes), outputs
+    assert sorted(sum(int(line) for line in out.split("\n") if line.isdigit()) for out in outputs) == [0, 200]
     assert len(load_cache(tmp_path / "cache", rows(200))) == 200
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import launching
 from hfkd import KD, CifarResNetConfig, CifarResNetForImageClassification, ModelTeacher, cifar_resnet_config
 from hfkd.models.cifar_resnet import NETWORKS, CifarResNetModel
 from hfkd.testing import check_teacher, tiny_roberta_config, tiny_tokenizer
@@ -289,15 +286,18 @@ def test_a_folder_without_hfkd_loads_from_the_file_beside_it(tmp_path, monkeypat
     model = shaken(network("wrn-16-2"))
     model.save_pretrained(tmp_path / "student")
     torch.save(model(torch.ones(1, 3, 8, 8)).logits, tmp_path / "logits.pt")
-    code = (
-        "import sys, torch\n"
-        f"from transformers import {AUTO}\n"
+    code = tmp_path / "loads.py"
+    code.write_text(
+        "import os, sys, torch\n"
+        f"from transformers import {AUTO}, dynamic_module_utils\n"
+        "os.chdir(sys.argv[1])\n"
+        "dynamic_module_utils.HF_MODULES_CACHE = 'modules'  # what the variable of this name is read into\n"
         f"model = {AUTO}.from_pretrained('student', trust_remote_code=True)\n"
         "torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)).logits, torch.load('logits.pt'))\n"
         "assert not any(name.startswith('hfkd') for name in sys.modules)\n"
     )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
+    run = launching.run(code, str(tmp_path), log=tmp_path / "log")
+    assert run.returncode == 0 and (tmp_path / "modules").is_dir(), run.stderr
 
 
 def test_a_pipeline_takes_a_folder(tmp_path):
@@ -362,21 +362,16 @@ def test_images_with_other_channels_are_refused():
 def test_a_teacher_loads_by_its_folder_in_a_new_process(tmp_path):
     """The folder's own name for its class is in no list until hfkd's file is imported; nobody would know to import it."""
     shaken(network()).save_pretrained(tmp_path)
-    code = (
+    code = tmp_path / "loads.py"
+    code.write_text(
         "import sys\n"
         "from hfkd import ModelTeacher\n"
         "assert 'hfkd.models.cifar_resnet' not in sys.modules\n"
         "print(type(ModelTeacher(sys.argv[1]).model).__name__)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    assert run.stdout.strip() == "CifarResNetForImageClassification"
+    run = launching.run(code, str(tmp_path), log=tmp_path / "log")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.split()[-1] == "CifarResNetForImageClassification"
 
 
 def test_a_teacher_from_a_folder_keeps_the_contract(tmp_path):

@@ -8,9 +8,7 @@ import csv
 import gc
 import importlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoModelForImageClassification, RobertaForSequenceClassification, ViTConfig
 
+import launching
 from hfkd import DistillationArguments, DistillationTrainer
 from hfkd.data.augment import Augmentation
 from hfkd.data.pixels import ImageCollator, PixelView
@@ -363,11 +362,9 @@ def test_wrong_inputs_are_said_before_training(recipes, tiny, tmp_path, changes,
 def test_processes_train_whole_members_and_keep_them(tiny, trained, tmp_path):
     """A member trained in another process under the same number must be the same member, or a resume mixes two ensembles."""
     words = own(tiny, tmp_path / "run", num_train_epochs=8, processes=2)
-    command = [sys.executable, str(RECIPES / "train_ensemble.py"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=580)
+    done = launching.run(RECIPES / "train_ensemble.py", *words, log=tmp_path / "log", timeout=580)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean of the members") == 1
+    assert done.stderr.count("mean of the members") == 1
     for member in range(3):
         one, other = logits_of(trained, member), logits_of(tmp_path / "run", member)
         assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -388,13 +385,12 @@ def test_the_stack_benchmark_measures_both_sides(tmp_path):
     """A benchmark that no longer runs, or whose sides learn other things, keeps a claim alive that nobody checks."""
     path = tmp_path / "numbers.json"
     tiny = ["--networks", "vit-8", "resnet10-xxxs", "--members", "2", "--batches", "4", "--steps", "2"]
-    command = [sys.executable, str(RECIPES / "benchmarks" / "stacked_members.py"), *tiny, "--json", str(path)]
-    done = subprocess.run(
-        command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580
-    )
+    benchmark = RECIPES / "benchmarks" / "stacked_members.py"
+    done = launching.run(benchmark, *tiny, "--json", str(path), log=tmp_path / "log")
+    assert done.returncode == 0, done.stderr
     for found in json.loads(path.read_text()):
         assert found["one_by_one"] > 0 and found["ratio"] == pytest.approx(found["stacked"] / found["one_by_one"])
-        assert found["difference"] < 1e-9 and f"| {found['ratio']:.2f} |" in done.stdout
+        assert found["difference"] < 1e-9 and f"| {found['ratio']:.2f} |" in done.stderr
 
 
 # ---- the YAMLs ----

@@ -3,11 +3,8 @@ conditions and their exit codes."""
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import RobertaForSequenceClassification, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+import launching
 from hfkd.cli import WRONG_INPUT, main
 from hfkd.testing import tiny_roberta_config, tiny_tokenizer
 
@@ -113,9 +111,7 @@ def test_pictures_are_compared(folder, tmp_path):
 def test_the_exit_code_of_the_program_says_that_a_condition_is_not_met(folder, tmp_path):
     """A CI that reads 0 ships the student, whatever the text above says."""
     line = words(folder, tmp_path, "--require", "agreement>=0", "agreement>1", "train_teacher_accuracy>=2", rows=8)
-    program = [sys.executable, str(RECIPES / "fidelity_report.py"), *line]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    failed = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
+    failed = launching.run(RECIPES / "fidelity_report.py", *line, log=tmp_path / "log")
     assert failed.returncode == 1
     last = failed.stderr.strip().splitlines()[-1]
     assert last.startswith("2 of 3 conditions are not met: agreement>1 (agreement is ")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+import launching
 from hfkd.models.two_view import RobertaForMaskedLM
 from hfkd.testing import tiny_roberta_config, tiny_tokenizer
 
@@ -188,22 +189,26 @@ def test_yaml_config_with_flags_on_top(recipe, inputs, tmp_path, monkeypatch):
 # ---- started as programs ----
 
 
-def start(command, *words, **environment):
-    values = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([*command, str(RECIPE), *words], env=values, capture_output=True, text=True, timeout=400)
+def start(*words, log, processes=1):
+    done = launching.run(RECIPE, *words, log=log, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stderr
+
+
+def accelerate_launch(*words):
+    """The one recipe that the tests start as the documentation does: each such start imports for ten seconds and more."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(RECIPE), *words]
+    values = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=values, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.launch
 def test_two_processes_equal_one_and_accelerate_launch_is_right(inputs, tmp_path):
     """Two silent single-process runs, or a loss scaled by the number of processes, look fine until they are compared."""
-    python = Path(sys.executable)
-    start(
-        [str(python.with_name("accelerate")), "launch"], *flags(inputs, tmp_path / "one", per_device_train_batch_size=8)
-    )
-    torchrun = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    printed = start(torchrun, *flags(inputs, tmp_path / "two", per_device_train_batch_size=4))
+    accelerate_launch(*flags(inputs, tmp_path / "one", per_device_train_batch_size=8))
+    words = flags(inputs, tmp_path / "two", per_device_train_batch_size=4)
+    printed = start(*words, log=tmp_path / "log", processes=2)
     assert printed.count("| stage |") == 1, "only one process reports"
     for round in ("round-0", "round-1"):
         one, two = (load_file(tmp_path / run / round / "model.safetensors") for run in ("one", "two"))
@@ -227,7 +232,7 @@ def test_the_demo_on_embedded_data(tmp_path):
         "--fine_tuning_seeds",
         "1",
     ]
-    printed = start([sys.executable], *words)
+    printed = start(*words, log=tmp_path / "log")
     assert "smoke test" in printed
     for stage in ("start", "further pre-trained", "self-distilled 1"):
         assert f"| {stage} |" in printed

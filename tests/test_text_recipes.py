@@ -7,10 +7,8 @@ import csv
 import gc
 import importlib
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from safetensors.numpy import load_file
 from scipy import stats
 from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification, RobertaModel
 
+import launching
 from hfkd.data.text import TEXT_TASKS
 from hfkd.testing import tiny_roberta_config, tiny_tokenizer
 
@@ -577,21 +576,15 @@ def test_the_other_yamls_run_two_steps(recipes, tiny, hub, tmp_path, name, kind)
 # ---- as programs ----
 
 
-def start(recipe, *words, launcher=(sys.executable,)):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(RECIPES / recipe), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-
-
 @pytest.mark.launch
-def test_accelerate_launch_and_a_wrong_input(tiny, tmp_path):
-    """What works in-process may still fail under the launcher; a stack of calls hides the one sentence that helps."""
-    launch = (str(Path(sys.executable).with_name("accelerate")), "launch", "--num_cpu_threads_per_process", "1")
-    done = start("distill_text.py", *own(tiny, tmp_path / "run"), launcher=launch)
+def test_a_program_and_a_wrong_input(tiny, tmp_path):
+    """What works in-process may still fail as a program; a stack of calls hides the one sentence that helps."""
+    words = own(tiny, tmp_path / "run")
+    done = launching.run(RECIPES / "distill_text.py", *words, log=tmp_path / "log")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "| student, distilled |" in done.stdout and "paired by seed" in done.stdout
-    wrong = start("distill_text.py", *own(tiny, tmp_path / "run", alpha=2, overwrite=True))
-    assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1].startswith(
-        "distill_text.py: alpha is the weight"
-    )
+    assert "| student, distilled |" in done.stderr and "paired by seed" in done.stderr
+    words = own(tiny, tmp_path / "run", alpha=2, overwrite=True)
+    wrong = launching.run(RECIPES / "distill_text.py", *words, log=tmp_path / "log")
+    last = wrong.stderr.strip().splitlines()[-1]
+    assert wrong.returncode == 1 and last.startswith("distill_text.py: alpha is the weight")
     assert "Traceback" not in wrong.stderr and (tmp_path / "run" / "results.csv").exists()

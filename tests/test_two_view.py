@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import launching
 from hfkd.models.two_view import TWO_VIEWS, two_view_model
 from hfkd.objectives import MaskedLM, SelfDistill
 from hfkd.teachers import ModelTeacher
@@ -210,14 +209,16 @@ def test_a_saved_student_loads_without_hfkd(tmp_path):
     """The class name in config.json must mean something to a transformers that has never seen this package."""
     ours, _ = pair("roberta")
     ours.float().save_pretrained(tmp_path)
-    code = (
+    code = tmp_path / "loads.py"
+    code.write_text(
         "import sys; from transformers import AutoModelForMaskedLM as Auto\n"
         f"model = Auto.from_pretrained({str(tmp_path)!r})\n"
         "assert not any(name.split('.')[0] == 'hfkd' for name in sys.modules)\n"
         "print(type(model).__module__, type(model).__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["transformers.models.roberta.modeling_roberta", "RobertaForMaskedLM"]
+    run = launching.run(code, log=tmp_path / "log")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.split()[-2:] == ["transformers.models.roberta.modeling_roberta", "RobertaForMaskedLM"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

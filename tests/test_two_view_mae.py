@@ -6,8 +6,6 @@ import copy
 import json
 import logging
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import launching
 from hfkd.models import two_view_mae
 from hfkd.models.two_view import two_view_config, two_view_model
 from hfkd.models.two_view_mae import CleanEncoder, ViTMAEForPreTraining, weight_distance
@@ -243,14 +242,16 @@ def test_saved_as_the_plain_model_that_it_is(tmp_path):
     saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "stock"))
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
-    code = (
+    code = tmp_path / "loads.py"
+    code.write_text(
         "import sys; from transformers import AutoModelForPreTraining as Auto\n"
         f"model = Auto.from_pretrained({str(tmp_path / 'ours')!r})\n"
         "assert not any(name.split('.')[0] == 'hfkd' for name in sys.modules)\n"
         "print(type(model).__module__, type(model).__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["transformers.models.vit_mae.modeling_vit_mae", "ViTMAEForPreTraining"]
+    run = launching.run(code, log=tmp_path / "log")
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.split()[-2:] == ["transformers.models.vit_mae.modeling_vit_mae", "ViTMAEForPreTraining"]
 
 
 def test_exported_to_a_classifier_with_all_of_its_encoder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable
@@ -480,7 +481,8 @@ class DistillationTrainer(PublishingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the objective weighs its terms by at this step (alpha, the weights of a switch)."""
         if "loss" in logs:
-            logs |= self._objective.schedule(self.progress)
+            last = dataclasses.replace(self.progress, step=max(self.state.global_step - 1, 0))  # whose terms stand there
+            logs |= self._objective.schedule(last)
         super().log(logs, start_time)
 
     # ---- train and save ----

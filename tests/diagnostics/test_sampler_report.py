@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import launching
 from hfkd.data.label_noise import noisy_labels, transition_matrix
 from hfkd.diagnostics.sampler import sampler_report
 
@@ -297,12 +297,9 @@ def test_the_benchmark_runs(tmp_path):
     """A benchmark that no longer runs leaves numbers in the documentation that nobody can check."""
     tiny = ["--sizes", "40", "--draws", "5", "--teachers", "1", "4", "--labels", "40", "--pool", "300", "--test", "60"]
     files = ["--seeds", "2", "--json", str(tmp_path / "numbers.json"), "--figure", str(tmp_path / "figure.png")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, str(BENCHMARK), *tiny, *files], env=environment, capture_output=True, text=True
-    )
+    run = launching.run(BENCHMARK, *tiny, *files, log=tmp_path / "log")
     assert run.returncode == 0, run.stderr
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert list(found["students"]) == ["1", "4"] and list(found["sampler"]) == ["40"]
     assert all(len(values) == 2 and 0 <= min(values) <= max(values) <= 1 for values in found["students"]["4"].values())
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG") and "One teacher" in run.stdout
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG") and "One teacher" in run.stderr
