@@ -6,6 +6,7 @@ Everything that reaches a card passes through `hfkd.redaction` first, because a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -115,21 +116,11 @@ class CardFacts:
 
 def render_card(facts: CardFacts, template: str = "self_distilled_encoder.md") -> str:
     """The card's text: YAML metadata, then the rendered template. `FileNotFoundError` lists the known templates."""
-    import jinja2
-
     facts = _without_private_teacher(facts)
     clean = _redacted(facts)
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template_source),
-        undefined=jinja2.StrictUndefined,  # a misspelt fact is an error here, not a hole in a published card
-        autoescape=False,  # Markdown, not HTML
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(FILTERS)
     extra = OF_TEMPLATE.get(template, {})
-    text = environment.get_template(template).render(
+    compiled = _environment().get_template(template)
+    text = compiled.render(
         facts=clean,
         metadata=_metadata(facts, clean, extra.get("tags", [])),
         incomplete=INCOMPLETE,
@@ -146,6 +137,22 @@ def render_card(facts: CardFacts, template: str = "self_distilled_encoder.md") -
         citations=[_citation_or_link(identifier) for identifier in clean.citations or extra.get("citations", [])],
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+@functools.cache  # it keeps the compiled templates: compiling them for every checkpoint's card takes longer than its weights
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template_source),
+        undefined=jinja2.StrictUndefined,  # a misspelt fact is an error here, not a hole in a published card
+        autoescape=False,  # Markdown, not HTML
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(FILTERS)
+    return environment
 
 
 def write_card(

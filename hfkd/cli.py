@@ -180,8 +180,8 @@ def _link(link: dict[str, Any]) -> str:
 
 def _on(evaluated_on: dict[str, Any] | None) -> str:
     known = {name: value for name, value in (evaluated_on or {}).items() if value is not None}
-    parts = [f"{known['rows']:,} rows" if "rows" in known else "", f"of {known['split']}" if "split" in known else ""]
-    return f" (on {' '.join(part for part in parts if part)})" if any(parts) else ""
+    parts = [f"{known['rows']:,} rows" if "rows" in known else "", known.get("split", "")]
+    return f" (on {' of '.join(part for part in parts if part)})" if any(parts) else ""
 
 
 # ---- eval ----
@@ -208,7 +208,8 @@ def evaluate(chosen: argparse.Namespace) -> int:
     data: dict[str, Any] = {**_data_of(chosen), "rows": chosen.rows or place.get("rows")}  # the same ones, if drawn
     data["max_length"] = chosen.max_length or place.get("max_length") or TOKENS
     task = chosen.task or (None if any(_data_of(chosen).values()) else manifest.get("task"))
-    scores = evaluation.evaluate(folder, task, chosen.split, chosen.batch_size, **data)
+    split = chosen.split or place.get("split")  # as published
+    scores = evaluation.evaluate(folder, task, split, chosen.batch_size, **data)
     published = manifest.get("metrics") or {}
     said = {name: compared(value, published.get(name)) for name, value in scores.items()}
     other_rows = chosen.rows is not None or (chosen.split and place.get("split") not in (None, chosen.split))

@@ -10,6 +10,7 @@ from hfkd.records import file_hash, read_json, write_json
 
 MANIFEST_FILE = "teacher_manifest.json"
 FORMAT = 1
+OF_TRAINING = ("objective.safetensors",)  # projections: training goes on with them, whoever uses the model needs none
 HASHED = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
@@ -20,7 +21,7 @@ def write_manifest(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     settings, equation, paper), labels, task, metrics, evaluated_on, versions.
     """
     folder = Path(folder)
-    files = sorted({path for pattern in HASHED for path in folder.glob(pattern)})
+    files = sorted({path for pattern in HASHED for path in folder.glob(pattern) if path.name not in OF_TRAINING})
     hashes = {path.name: file_hash(path) for path in files}
     write_json(folder / MANIFEST_FILE, {"format": FORMAT, **facts, "files": hashes})
     return folder / MANIFEST_FILE

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hfkd.cards import check_card, metadata_of
-from hfkd.manifest import MANIFEST_FILE, read_manifest
+from hfkd.cards import check_card, hub_ids, metadata_of
+from hfkd.manifest import MANIFEST_FILE, OF_TRAINING, read_manifest
 from hfkd.records import file_hash, read_json
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -46,6 +46,8 @@ def is_allowed(path: str, repo_type: str = "model") -> bool:
     """path: inside the folder or repository, with forward slashes. ValueError for a repo_type that is none of ours."""
     if repo_type not in ALLOWED:
         raise ValueError(f"repo_type must be {' or '.join(ALLOWED)}, got {repo_type!r}")
+    if path in OF_TRAINING:
+        return False
     return any(fnmatchcase(path, name) and path.count("/") == name.count("/") for name in ALLOWED[repo_type])
 
 
@@ -104,6 +106,7 @@ def _refuse_other_weights(folder: Path, files: list[str]) -> None:
         raise ValueError(f"{folder} needs safetensors weights, it holds {found}: write them with save_pretrained")
     if not {"config.json", "adapter_config.json"} & set(files):
         raise ValueError(f"{folder} holds weights without config.json: write both with save_pretrained")
+    _refuse_lost_base(folder)
     for name in weights:
         try:
             with safe_open(folder / name, "pt") as file:
@@ -114,6 +117,16 @@ def _refuse_other_weights(folder: Path, files: list[str]) -> None:
         named = set((read_json(folder / index) or {}).get("weight_map", {}).values())
         if missing := sorted(named - set(weights)):
             raise ValueError(f"{folder / index} names {', '.join(missing)}, which is not there: save the model again")
+
+
+def _refuse_lost_base(folder: Path) -> None:
+    """An adapter is nothing without the model that it was trained on."""
+    config = read_json(folder / "adapter_config.json")
+    if isinstance(config, dict) and not hub_ids([base := config.get("base_model_name_or_path") or ""]):
+        raise ValueError(
+            f"{folder} holds an adapter of {base or 'a model without a name'}, which nobody else can load: push that model, and "
+            "train the adapter on its Hub id, or save the merged model (merge_and_unload)"
+        )
 
 
 def _refuse_lonely_weights(folder: Path, files: list[str]) -> None:

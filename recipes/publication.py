@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from hfkd import hub
 from hfkd.cards import CardFacts, write_card
 from hfkd.data.images import IMAGE_TASKS
@@ -22,7 +24,9 @@ from hfkd.data.text import TEXT_TASKS
 from hfkd.diagnostics.metrics import mean_and_std, paired_difference
 from hfkd.manifest import read_manifest, write_manifest
 from hfkd.records import read_json, write_json
+from hfkd.teachers.labels import class_names
 from hfkd.trainers.card import command
+from program import one_sentence
 
 FACTS_FILE = "card_facts.json"  # beside the weights, and not uploaded
 TEMPLATES = {"member": "collaborative_student.md"}
@@ -45,16 +49,55 @@ class Publication:
 
 def publish(runs: Any, *studies: Publication) -> None:
     """Write the cards, and upload what the arguments ask for; on the main process. Several studies share one teacher."""
+    with one_sentence():  # of a push that failed; the study itself is done and saved
+        _publish(runs, *studies)
+
+
+def _publish(runs: Any, *studies: Publication) -> None:
     args, pushed = runs.args, [(study, *one) for study in studies for one in saved_students(study, runs.repository)]
     repositories = list(dict.fromkeys(repository for *_, repository, _ in pushed if repository))
     place = scored_rows(runs)
+    say_what_has_no_facts(studies, runs.repository)
     teacher = named_teacher(args, studies[0], runs.repository, repositories, place)
+    group = {folder.name: (repository, study.scores[name]) for study, name, folder, repository, _ in pushed}
     for study, name, folder, repository, branch in pushed:
         facts = with_results(read_facts(folder), study, name, repository)
-        facts = dataclasses.replace(facts, branch=branch or "", **(teacher if facts.teacher else {}))
+        place_on_hub = branch or args.hub_revision or ""
+        facts = dataclasses.replace(facts, branch=place_on_hub, group=[with_member(one, group) for one in facts.group])
+        facts = with_teacher(facts, teacher, study) if facts.teacher else facts
         write_whole_card(folder, facts, own_score(study, name), place)
         if repository:
             uploaded(folder, repository, args, branch)
+
+
+def say_what_has_no_facts(studies: tuple[Publication, ...], repository: str) -> None:
+    """Runs of before there were cards are skipped, and not in silence."""
+    folders = [folder for study in studies for folder in study.students.values()]
+    old = [folder for folder in folders if folder.is_dir() and not is_saved(folder)]
+    leading = [next(iter(study.students.values())) for study in studies]
+    if repository and (lost := [folder for folder in old if folder in leading]):  # another would take the main branch
+        raise ValueError(
+            f"nothing is pushed: {lost[0]} has no {FACTS_FILE}, so it was saved by an earlier version and nobody knows what its "
+            "card would say: delete this folder and go on with --resume_from_checkpoint True, which trains it again"
+        )
+    for folder in old:
+        print(f"  no card                {folder} has no {FACTS_FILE}: it was saved by an earlier version")
+
+
+def with_member(one: dict[str, Any], group: dict[str, tuple[str, list[float]]]) -> dict[str, Any]:
+    """Of a group that was trained together: where each lies, and the score of what lies there."""
+    repository, scores = group.get(one["name"], ("", []))
+    return {**one, "repo": repository, "accuracy": scores[0] if scores else None}
+
+
+def with_teacher(facts: CardFacts, teacher: dict[str, Any], study: Publication) -> CardFacts:
+    """What is known of the teacher after the run, its size and speed too, where they were measured on as many rows."""
+    folder = Path(study.teacher[1]) if study.teacher else None
+    found = read_facts(folder).costs if folder is not None and is_saved(folder) else {}
+    own, other = facts.costs.get("student"), found.get("student")
+    alike = own and other and all(own[name] == other[name] for name in ("rows", "device"))
+    costs = {"student": own, "teacher": other} if alike else facts.costs
+    return dataclasses.replace(facts, costs=costs, **teacher)
 
 
 def saved_students(study: Publication, repository: str) -> list[tuple[str, Path, str, str | None]]:
@@ -110,10 +153,20 @@ def named_teacher(
     pushed = args.hub_teacher_id or f"{repository}-teacher" if repository and args.push_teacher else ""
     if is_saved(folder):
         facts = with_results(read_facts(folder), study, name, pushed)
-        facts = dataclasses.replace(facts, role="teacher", students=students, group=[])
+        costs = {"teacher": facts.costs["student"]} if "student" in facts.costs else {}
+        changes = {
+            "role": "teacher",
+            "students": students,
+            "group": [],
+            "costs": costs,
+            "branch": args.hub_revision or "",
+        }
+        facts = dataclasses.replace(facts, **changes)
         write_whole_card(folder, facts, own_score(study, name), place)
     if pushed:
-        return {"teacher": pushed, "teacher_repo": pushed, "teacher_revision": uploaded(folder, pushed, args).commit}
+        commit = uploaded(folder, pushed, args).commit
+        hidden = not args.name_private_teacher and bool(hub.is_private(pushed, args.hub_token))
+        return {"teacher": pushed, "teacher_repo": pushed, "teacher_revision": commit, "teacher_private": hidden}
     kind = (read_json(folder / "config.json") or {}).get("architectures") or ["model"]
     return {"teacher": f"a {kind[0]} that was trained on the same data"}
 
@@ -150,9 +203,42 @@ def differences(study: Publication) -> list[dict[str, Any]]:
 
 def push_rounds(trainer: Any, fine_tuned: Path | None) -> None:
     """Every round to a branch, the last one to the main branch; its classifier to a repository of its own."""
-    print(f"  pushed                 {trainer.push_to_hub().url}")
-    if fine_tuned is not None:
-        uploaded(fine_tuned, f"{trainer.hub_model_id}-fine-tuned", trainer.args)
+    with one_sentence():
+        print(f"  pushed                 {trainer.push_to_hub().url}")
+        if fine_tuned is not None:
+            uploaded(fine_tuned, of_classifier(trainer), trainer.args)
+
+
+def of_classifier(trainer: Any) -> str:
+    """The repository of a round's classifier; "" where nothing is pushed."""
+    return f"{trainer.hub_model_id}-fine-tuned" if trainer.hub_model_id else ""
+
+
+def write_classifier_card(
+    trainer: Any, folder: Path, pipeline_tag: str, place: dict[str, Any], results: list[dict[str, Any]], **facts: Any
+) -> None:
+    """Of a round's classifier: another model, of another class, in another repository.
+
+    place: the rows it was scored on, as `hfkd eval` reads it, or {} where it cannot find the same ones. results: of the
+    fine-tuning, the saved model's among them; the card has the mean over seeds, the manifest its own score.
+    """
+    config, repository = transformers.AutoConfig.from_pretrained(folder), of_classifier(trainer)
+    trainer.write_card(
+        folder,
+        student=repository.rpartition("/")[2] or f"{Path(trainer.args.output_dir).name}, fine-tuned",
+        repo_id=repository,
+        imports=[],
+        label_names=class_names(config) or [],
+        problem_type=config.problem_type or "",
+        pipeline_tag=pipeline_tag,
+        **facts,
+    )
+    found = {name: value for name, value in (read_manifest(folder) or {}).items() if name not in ("format", "files")}
+    own = next(
+        row for row in results if (row["stage"], row["seed"]) == (trainer.card_facts.stage, 0) and not row["more"]
+    )
+    metrics = {own["metric"]: own["score"]} if place else {}
+    write_manifest(folder, {**found, "metrics": metrics, "evaluated_on": place or None})
 
 
 # ---- facts, kept beside the weights until the study is done ----
@@ -200,11 +286,23 @@ def write_whole_card(folder: Path, facts: CardFacts, metrics: dict[str, float], 
     write_manifest(folder, {**found, **scores, "role": facts.role, "task": facts.task or None, "teacher": teacher})
 
 
-def refuse_unpublishable(args: Any, name: str) -> str:
+def refuse_unpublishable(args: Any, name: str, recipe: Any) -> str:
     """The repository, "" where nothing is pushed. Token, name and owner are checked before anything is trained."""
     if args.push_teacher and not args.push_to_hub:
         raise ValueError("--push_teacher goes with --push_to_hub: the two cards link to each other")
+    given = getattr(recipe, "teacher", None)
+    if args.push_teacher and given and Path(given).is_dir() and not is_saved(Path(given)):
+        raise ValueError(
+            f"--push_teacher: {given} has no {FACTS_FILE}, so no recipe saved it and nobody knows what its card would say: push "
+            "it from its own training run, and give --teacher its Hub id"
+        )
     return hub.check_access(args.hub_model_id or name, token=args.hub_token) if args.push_to_hub else ""
+
+
+def refuse_push_teacher(args: Any, why: str) -> None:
+    """A flag that does nothing is found out after the training."""
+    if args.push_teacher:
+        raise ValueError(f"leave --push_teacher out: {why}")
 
 
 def scores_by(

@@ -38,7 +38,7 @@ from hfkd.records import write_json
 from hfkd.trainers.arguments import parse_arguments
 from pet_report import difference, interval
 from program import HERE, one_sentence, one_source, quiet, say
-from publication import Publication, publish
+from publication import Publication, publish, refuse_push_teacher
 from role_data import ImageRoleArguments, TextRoleArguments
 from role_study import EPL, OWN_LABELS, RPL, SINGLE, NotSamplers, RoleStudy
 from run_report import per_seed_csv, write_whole
@@ -75,6 +75,7 @@ def prepare(arguments: list[str]) -> RoleStudy:
     kind = TextRoleArguments if about_texts(others) else ImageRoleArguments
     recipe, args = parse_arguments(kind, DistillationArguments, arguments=others, defaults=defaults)
     one_source(recipe, others)
+    refuse_push_teacher(args, "the students learn from many teachers, and none of them is the teacher of this study")
     return RoleStudy(recipe, args)
 
 

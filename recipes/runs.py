@@ -83,7 +83,7 @@ class Runs:
         self.resumes = resumes(args)
         self.found = earlier_runs(self.output)
         refuse_unusable(args, data)
-        self.repository = refuse_unpublishable(args, self.output.name)
+        self.repository = refuse_unpublishable(args, self.output.name, recipe)
         if self.found and not (self.resumes or recipe.overwrite):
             raise FileExistsError(
                 f"{self.output} holds another study ({', '.join(path.name for path in self.found)}): go on with it with "
@@ -213,6 +213,7 @@ class Runs:
         partial = folder / "model.partial"
         trainer.save_model(str(partial))
         wait_for_everyone()
+        trainer.measure_costs()
         if self.args.process_index == 0:
             for student in self.saved(partial):
                 keep_facts(student, trainer.facts(student))

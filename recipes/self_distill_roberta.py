@@ -41,7 +41,7 @@ from hfkd.regularized import noisy_model
 from hfkd.trainers.arguments import parse_arguments
 from hfkd.trainers.round_kinds import rows_hash
 from program import say
-from publication import push_rounds
+from publication import push_rounds, write_classifier_card
 from stage_fine_tuning import FineTuning, Labelled, check_baselines, stage_arguments
 from stage_report import card_results, draw, stage_rows, table, write_csv
 from stage_rounds import ablations, bounded, delete, earlier_run, resumes
@@ -268,6 +268,7 @@ def rounds_trainer(
     facts = trainer.card_facts
     facts.start = recipe.model_name_or_path or "MiniLM-L6 in RoBERTa form (sentence-transformers/all-MiniLM-L6-v2)"
     facts.datasets = [recipe.dataset_name or recipe.task or Path(recipe.train_file or "movie_sentences").name]
+    facts.task = recipe.task or ""
     facts.command = "accelerate launch recipes/self_distill_roberta.py " + shlex.join(sys.argv[1:])
     return trainer
 
@@ -338,7 +339,9 @@ def report(
     ]
     trainer.write_card(rounds[-1])
     if results:
-        trainer.write_card(fine_tuned, student=f"{output.name}, fine-tuned", pipeline_tag="text-classification")
+        # `hfkd eval` draws its rows, and these are the first ones
+        place = {} if recipe.test_rows else {"split": recipe.evaluate_on, "max_length": recipe.max_length}
+        write_classifier_card(trainer, fine_tuned, "text-classification", place, results)
     print(f"\n{table(rows)}\n\nTook {seconds / 60:.1f} minutes ({recipe.profile}).")
     print(f"  student (masked LM)    {rounds[-1]}   card: {rounds[-1] / 'README.md'}")
     if results:

@@ -49,7 +49,7 @@ from hfkd.teachers.model import image_processor_of
 from hfkd.trainers.arguments import parse_arguments
 from image_data import ImageArguments, augmentation_of, load_data, pixels_of
 from program import HERE, at_random, one_sentence, one_source, quiet, rows_per_step, say
-from publication import push_rounds
+from publication import push_rounds, write_classifier_card
 from reconstructions import draw_reconstructions
 from stage_fine_tuning import FineTuning, Labelled, check_baselines
 from stage_report import card_results, draw, label_curves, label_table, stage_rows, table, time_table, write_csv
@@ -358,6 +358,7 @@ def rounds_trainer(
     facts = trainer.card_facts
     facts.start = recipe.model_name_or_path or "a small ViT-MAE, pre-trained on 3,500 digits of MNIST"
     facts.datasets = [recipe.dataset_name or recipe.task or Path(str(recipe.data_dir)).name]
+    facts.task = recipe.task or ""
     facts.command = "accelerate launch recipes/self_distill_vit.py " + shlex.join(sys.argv[1:])
     facts.score_task = "image-classification"
     return trainer
@@ -433,7 +434,7 @@ def report(
         (output / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     write_csv(results, output / "results.csv")
     figures = draw_all(recipe, trainer, pictures, stages[0], shown, rows, curves)
-    write_cards(recipe, trainer, rows, student, results)
+    write_cards(recipe, trainer, rows, student, results, len(pictures.held_out))
     print("\n" + "\n\n".join(texts.values()) + f"\n\nTook {minutes:.1f} minutes ({recipe.profile}).")
     directory = stages[0][student]
     print(f"  student (masked)       {directory}   card: {directory / 'README.md'}")
@@ -491,7 +492,12 @@ def draw_all(
 
 
 def write_cards(
-    recipe: RecipeArguments, trainer: SelfDistillationTrainer, rows: list[Any], student: str, results: list[Any]
+    recipe: RecipeArguments,
+    trainer: SelfDistillationTrainer,
+    rows: list[Any],
+    student: str,
+    results: list[Any],
+    rows_scored: int,
 ) -> None:
     output, facts = Path(trainer.args.output_dir), trainer.card_facts
     facts.results, facts.stage = card_results(rows), student
@@ -505,8 +511,9 @@ def write_cards(
     settings = {**objective.settings(), "num_rounds": trainer.args.num_rounds, **record}
     trainer.write_card(directory, settings=settings)
     if results:
-        changes = {"student": f"{output.name}, fine-tuned", "pipeline_tag": "image-classification"}
-        trainer.write_card(output / "fine_tuned" / directory.name, settings=settings, **changes)
+        folder = output / "fine_tuned" / directory.name
+        place = {"split": recipe.evaluate_on, "rows": rows_scored}
+        write_classifier_card(trainer, folder, "image-classification", place, results, settings=settings)
 
 
 SMOKE_TEST = """

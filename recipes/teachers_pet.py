@@ -118,7 +118,7 @@ def report(recipe: RecipeArguments, study: PetStudy, results: list[dict[str, Any
 
 def publication(study: PetStudy, methods: list[str], rows: list[dict[str, Any]]) -> Publication:
     """Every method at the temperature that the dev split chose; the first one that asks a teacher leads."""
-    ordered = sorted(methods, key=lambda method: method in (ONE_HOT, KD))
+    ordered = sorted(methods, key=lambda method: {ONE_HOT: 2, KD: 1}.get(method, 0))
     chosen = {row["method"]: row["temperature"] for row in rows}
     folders = {m: study.runs.folder(run_name(m, chosen[m]), 0) / "model" for m in ordered}
     scores = {m: [row["average"] for row in rows if row["method"] == m] for m in (*ordered, TEACHER)}

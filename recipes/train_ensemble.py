@@ -41,7 +41,7 @@ from hfkd.records import write_json
 from hfkd.teachers.ensemble import combine_answers
 from hfkd.trainers.arguments import parse_arguments
 from program import HERE, one_sentence, one_source, quiet, say
-from publication import Publication, publish
+from publication import Publication, publish, refuse_push_teacher
 from run_report import per_seed_csv, percent, write_whole
 
 OWN_DATA = ("--task", "--dataset_name", "--data_dir", "--train_file", "--config")
@@ -63,6 +63,7 @@ def prepare(arguments: list[str]) -> Ensemble:
     for name, other in (("network", "model_name_or_path"), ("model_name_or_path", "network")):
         if f"--{name}" in arguments and f"--{other}" not in arguments:
             setattr(recipe, other, None)  # a flag takes the place of what stands in a file
+    refuse_push_teacher(args, "the members are the teachers, and --push_to_hub uploads each to a branch")
     return Ensemble(recipe, args)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from hfkd import DistillationArguments
 from hfkd.trainers.arguments import parse_arguments
 from program import HERE, one_sentence, one_source, quiet, say
-from publication import Publication, publish
+from publication import Publication, publish, refuse_push_teacher
 from run_report import per_seed_csv, percent, write_whole
 from runs import Run, Runs
 from text_data import DataArguments, load_data, tokenizer_for, view_of
@@ -55,6 +55,7 @@ def prepare(arguments: list[str]) -> tuple[Runs, list[Run]]:
         raise ValueError(
             "this recipe learns from labels alone: leave objective, temperature and alpha to distill_text.py"
         )
+    refuse_push_teacher(args, "what is trained here is the teacher, and --push_to_hub uploads it")
     if recipe.seeds < 1:
         raise ValueError(f"--seeds must be 1 or more, got {recipe.seeds}")
     data = load_data(recipe, args)

@@ -2,7 +2,6 @@
 the paper's YAML files."""
 
 import csv
-import gc
 import importlib
 import json
 import sys
@@ -43,11 +42,9 @@ IMAGE = {
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     yield {name: importlib.import_module(name) for name in ("deviation_study", "deviations")}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

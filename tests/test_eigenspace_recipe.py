@@ -1,7 +1,6 @@
 """The eigenspace recipe as its users start it: tiny networks on digits, resumed studies, wrong inputs."""
 
 import csv
-import gc
 import importlib
 import json
 import math
@@ -28,11 +27,9 @@ FOLDERS = {"teacher": 1000, "one_hot": 0, "distilled": 0, "control": 2000}
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     yield {name: importlib.import_module(name) for name in ("eigenspace", "small_networks")}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 def flags(**values):

@@ -5,7 +5,6 @@ In-process with tiny networks on folders of small images and files of short text
 
 import copy
 import csv
-import gc
 import importlib
 import json
 import shutil
@@ -41,12 +40,10 @@ SIZE = 8
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     names = ("train_ensemble", "ensemble_study", "member_stack", "distill_image")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ In-process with tiny models; data sets of the Hub are stood in for by generated 
 """
 
 import csv
-import gc
 import importlib
 import json
 import statistics
@@ -44,11 +43,9 @@ RUNS = ("teacher", "baseline", "distilled")
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     yield {name: importlib.import_module(name) for name in ("image_data", "image_study", "distill_image", "runs")}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 def processor(size, mean=0.5, std=0.5):

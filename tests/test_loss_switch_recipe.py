@@ -1,7 +1,6 @@
 """Switching the loss as its users start it: tiny networks on the 8 x 8 digits, and wrong inputs."""
 
 import csv
-import gc
 import importlib
 import json
 import statistics
@@ -27,11 +26,9 @@ METHODS = ["kd", "kd_to_one_hot", "one_hot_to_kd"]
 @pytest.fixture(scope="module")
 def recipe():
     """The module, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     yield importlib.import_module("loss_switch")
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 def flags(**values):

@@ -1,7 +1,6 @@
 """MC-Distil's study as users start the recipe: tiny networks on digits, every method, every YAML, wrong inputs."""
 
 import csv
-import gc
 import importlib
 import json
 import statistics
@@ -32,11 +31,9 @@ STUDENTS = ["resnet10-xxxs", "resnet10-xxs"]
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     yield {name: importlib.import_module(name) for name in MODULES}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 def flags(**values):

@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset
+from safetensors.torch import load
 
 import launching
 from group_run import group_trainer
 from hfkd import KD, DistillationArguments, DistillationTrainer, cli
-from hfkd.cards import CardFacts, check_card
+from hfkd.cards import CardFacts, check_card, metadata_of
 from hfkd.hub import pull
+from hfkd.records import weights_hash
 from hfkd.testing import tiny_roberta_config, tiny_rows, tiny_tokenizer
 from rounds_run import rounds_trainer
 
@@ -133,8 +135,6 @@ def test_card_and_manifest_say_who_taught_what(hub, tmp_path):
     score = next(entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry)
     assert f"{score:.4f}" in card and "language:\n- en" in card and "KD" in card
     assert manifest["objective"]["settings"]["temperature"] == 2.0 and manifest["metrics"] == {"accuracy": score}
-    from hfkd.records import weights_hash
-
     assert manifest["teacher"]["weights"] == weights_hash(trainer.teacher.model.state_dict())
     assert manifest["teacher"]["labels"] == list(LABELS) == manifest["labels"]
     assert str(trainer.teacher.model.num_parameters()) in card.replace(",", "")  # size against the teacher
@@ -354,6 +354,10 @@ def test_a_recipe_pushes_student_baseline_and_teacher(hub, tmp_path, capsys):
     assert "student-labels-only" in hub.branches("tester/study") and "recipes/distill_text.py" in card
     check_card(card)
     assert names(hub, "tester/study") == STUDENT == names(hub, "tester/study-teacher")
+    assert "student against teacher" in card and "95 % interval" in card
+    taught = json.loads(hub.files("tester/study")["teacher_manifest.json"])["teacher"]
+    assert taught["weights"] == weights_hash(load(hub.files("tester/study-teacher")["model.safetensors"]))
+    assert "base_model" not in metadata_of(hub.files("tester/study-teacher")["README.md"].decode())  # it was a folder
     data = ["--train_file", str(tmp_path / "train.csv"), "--test_file", str(tmp_path / "test.csv"), "--json"]
     with hub.connected():
         for name in ("tester/study", "tester/study-teacher"):
@@ -386,3 +390,116 @@ def test_a_cache_of_answers_goes_up_as_a_data_set_and_comes_back(hub, tmp_path, 
     rows = hfkd.data.text.tokenize(texts, tiny_tokenizer(), 128)
     attached = hfkd.load_cache(folder, rows, processing_class=tiny_tokenizer())
     assert attached["teacher_logits"][:] == answers["teacher_logits"][:]
+
+
+# ---- what broke once ----
+
+
+def test_projections_stay_at_home_and_a_pulled_student_is_whole(hub, tmp_path):
+    """A manifest that hashes a file nobody uploads calls every download corrupted."""
+    from hfkd.objectives import HiddenStates
+
+    with hub.connected():
+        values = {"max_steps": 2, "report_to": "none", "disable_tqdm": True, "hub_model_id": "tester/m"}
+        trainer = DistillationTrainer(
+            model(1, num_hidden_layers=1),
+            DistillationArguments(output_dir=str(tmp_path / "run"), save_strategy="no", **values),
+            train_dataset=rows(),
+            eval_dataset=rows(8),
+            processing_class=tiny_tokenizer(),
+            compute_metrics=accuracy,
+            teacher=model(7, hidden_size=24),
+            objective=HiddenStates(),
+        )
+        trainer.card_facts = CardFacts(**FACTS)
+        trainer.train()
+        trainer.evaluate()
+        trainer.push_to_hub()
+        assert (tmp_path / "run" / "objective.safetensors").is_file()
+        assert names(hub, "tester/m") == STUDENT
+        pull("tester/m")
+
+
+def test_a_teacher_that_goes_up_private_is_hidden_too(hub, tmp_path):
+    """A push that ends in a refusal of what it has just made itself."""
+    with hub.connected():
+        trainer = trained(tmp_path / "run", hub_model_id="m", push_teacher=True, hub_private_repo=True)
+        trainer.push_to_hub()
+    assert hub.is_private("tester/m-teacher") and hub.is_private("tester/m")
+    assert b"m-teacher" not in hub.files("tester/m")["README.md"] + hub.files("tester/m")["teacher_manifest.json"]
+
+
+def test_the_teacher_of_a_group_goes_up_and_links_to_every_student(hub, tmp_path):
+    """A group has no student in its own folder: the push ended in a KeyError after the training."""
+    with hub.connected():
+        settings = {"hub_model_id": "tester/group", "num_train_epochs": 1, "push_teacher": True}
+        trainer = group_trainer(tmp_path / "group", settings, eval_dataset=None)
+        trainer.card_facts = CardFacts(**FACTS, results=[{"stage": "x", "metric": "accuracy", "mean": 0.5, "seeds": 1}])
+        trainer.train()
+        trainer.push_to_hub()
+    card = hub.files("tester/group-teacher")["README.md"].decode()
+    assert "tester/group-small)" in card and "tester/group-large)" in card and "tester/group)" not in card
+
+
+def test_a_teacher_without_a_model_is_refused_before_training(hub, tmp_path):
+    """Said after training, it costs the training."""
+    from hfkd import EnsembleTeacher
+
+    with hub.connected(), pytest.raises(ValueError, match="EnsembleTeacher has no model"):
+        teacher = EnsembleTeacher([model(7), model(8)])
+        trainer_of(tmp_path / "run", teacher=teacher, push_to_hub=True, hub_model_id="m", push_teacher=True)
+
+
+def test_a_local_start_is_nobodys_hub_id(hub, tmp_path):
+    """A folder called gpt2 made the student a fine-tuned GPT-2."""
+    model(3, num_hidden_layers=1).save_pretrained(tmp_path / "gpt2")
+    start = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "gpt2")
+    with hub.connected():
+        trainer = trained(tmp_path / "run", hub_model_id="m", hub_revision="v2")
+        trainer.model.config._name_or_path = start.config._name_or_path
+        trainer.push_to_hub()
+    card = hub.files("tester/m", "v2")["README.md"].decode()
+    assert "gpt2, a local folder" in card and "base_model" not in metadata_of(card)
+    assert 'from_pretrained("tester/m", revision="v2")' in card  # the main branch holds nothing
+
+
+def test_an_adapter_of_a_local_folder_is_not_published(hub, tmp_path):
+    """It names a path of this machine, and nobody else can load it."""
+    peft = pytest.importorskip("peft")
+    model(3).save_pretrained(tmp_path / "base")
+    base = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    with hub.connected():
+        trainer = trained(tmp_path / "run", hub_model_id="m")
+        trainer.model = peft.get_peft_model(base, config)
+        for name in ("model.safetensors", "config.json"):
+            (tmp_path / "run" / name).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="nobody else can load"):
+            trainer.push_to_hub()
+
+
+def test_every_data_set_of_an_evaluation_is_on_the_card():
+    """Of two data sets only the last one's score was there, under a name that hid it."""
+    from hfkd.trainers.card import last_metrics
+
+    history = [
+        {"step": 1, "eval_a_accuracy": 0.1, "eval_c_accuracy": 0.9},
+        *(
+            {"step": 2, f"eval_{name}_accuracy": value, f"eval_{name}_loss": 1.0}
+            for name, value in (("a", 0.2), ("b", 0.3))
+        ),
+        {"step": 2, "train_loss": 0.5},
+    ]
+    assert last_metrics(history) == {"a_accuracy": 0.2, "b_accuracy": 0.3}
+
+
+def test_several_teachers_and_nameless_answers_have_a_name():
+    """`vote of 1: None` on a published card."""
+    from hfkd import CachedTeacher, EnsembleTeacher
+    from hfkd.trainers.card import taught_by
+
+    answers = [CachedTeacher(f"teacher_logits_{number}") for number in range(2)]
+    for one in answers:
+        one.config = model(0).config
+    assert taught_by(EnsembleTeacher(answers, "vote")).name == "the vote of 2 models"
+    assert taught_by(answers[0]).name == "cached answers"

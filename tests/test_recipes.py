@@ -222,16 +222,8 @@ def test_two_processes_equal_one_and_accelerate_launch_is_right(inputs, tmp_path
 @pytest.mark.launch
 def test_the_demo_on_embedded_data(tmp_path):
     """`make demo` cut to one step a stage: real text, real weights, no network, no arguments but the bounds."""
-    words = [
-        "--output_dir",
-        str(tmp_path / "demo"),
-        "--max_steps",
-        "1",
-        "--test_rows",
-        "16",
-        "--fine_tuning_seeds",
-        "1",
-    ]
+    words = ["--output_dir", str(tmp_path / "demo"), "--max_steps", "1", "--per_device_train_batch_size", "8"]
+    words += ["--labelled_rows", "32", "--test_rows", "16", "--fine_tuning_seeds", "1"]
     printed = start(*words, log=tmp_path / "log")
     assert "smoke test" in printed
     for stage in ("start", "further pre-trained", "self-distilled 1"):

@@ -1,7 +1,6 @@
 """Bad models as role models, as users start the recipe: tiny networks on digits and sentences, wrong inputs."""
 
 import csv
-import gc
 import importlib
 import json
 import statistics
@@ -27,11 +26,9 @@ SIZES = {"model_type": "cifar_resnet", "embedding_size": 8, "hidden_sizes": [16,
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     yield {name: importlib.import_module(name) for name in ("role_data", "role_study", "role_models", "runs")}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 def flags(**values):

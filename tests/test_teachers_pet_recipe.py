@@ -1,7 +1,6 @@
 """Teacher's pet and the forests of Adult as their users start them: tiny networks on digits, tiny forests, wrong inputs."""
 
 import csv
-import gc
 import importlib
 import json
 import statistics
@@ -34,12 +33,10 @@ PAPER = ["cifar100", "cifar100_lt", "imagenet", "imagenet_lt"]
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     names = ("pet_study", "pet_report", "teachers_pet", "adult_forests", "image_study", "image_data")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 def flags(**values):

@@ -4,7 +4,6 @@ In-process with tiny models; real data sets are stood in for by their schema fix
 """
 
 import csv
-import gc
 import importlib
 import json
 import re
@@ -38,12 +37,10 @@ MOODS = ("glad", "sad", "calm")
 @pytest.fixture(scope="module")
 def recipes():
     """The modules by name, imported from the folder as the programs import each other."""
-    gc.freeze()  # the Trainer collects garbage after every run, which is half of a tiny run's time
     sys.path.insert(0, str(RECIPES))
     names = ("text_data", "runs", "text_study", "run_report", "distill_text", "compare", "train_teacher")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(RECIPES))
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

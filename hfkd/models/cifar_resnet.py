@@ -218,9 +218,8 @@ class CifarResNetModel(CifarResNetPreTrainedModel):
 class CifarResNetForImageClassification(CifarResNetPreTrainedModel):
     """With a linear head on the pooled map. labels: (batch,) class ids, or what transformers' image heads take else.
 
-    Without hfkd on the other side: call `CifarResNetForImageClassification.register_for_auto_class(
-    "AutoModelForImageClassification")` and `CifarResNetConfig.register_for_auto_class()` before `save_pretrained`, which puts
-    this file beside the weights, and load with trust_remote_code=True.
+    `save_pretrained` puts this file beside the weights, so that they load with trust_remote_code=True where there is no hfkd;
+    where it is imported, the classes here are used and no code of the folder runs.
     """
 
     def __init__(self, config: CifarResNetConfig):
@@ -249,3 +248,7 @@ class CifarResNetForImageClassification(CifarResNetPreTrainedModel):
 AutoConfig.register(CifarResNetConfig.model_type, CifarResNetConfig, exist_ok=True)
 AutoModel.register(CifarResNetConfig, CifarResNetModel, exist_ok=True)
 AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification, exist_ok=True)
+# Whoever downloads a student need not install the toolkit that it was made with
+CifarResNetConfig.register_for_auto_class()
+CifarResNetModel.register_for_auto_class("AutoModel")
+CifarResNetForImageClassification.register_for_auto_class("AutoModelForImageClassification")

@@ -74,6 +74,8 @@ class Collaboration(GroupObjective):
         super().__init__()
         self.temperature = checked_positive("temperature", temperature)
         self.pooled, self.teacher = pooled, teacher
+        if not teacher:
+            self.equation = r"L_k = \frac{1}{n} \sum_i \alpha_{ik} \, \mathrm{CE}(y_i, z_{ik}), \quad L = \sum_k L_k"
         self.parts = ("task", *(["distill"] if teacher else []), *(["pooled"] if pooled else []))
         self.needs = frozenset({"teacher"} if teacher else ())
 

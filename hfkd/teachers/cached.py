@@ -29,6 +29,7 @@ class CachedTeacher(Teacher):
         self.columns = tuple(name for name in (logits, features) if name is not None)
         self.view = "plain"  # of the collator, while it was cached: the trainer compares it with the collator's
         self._teacher_facts: dict[str, Any] = {}
+        self.weights_sha256 = ""  # of whoever gave the answers
         if cache is not None:
             self._read_manifest(Path(cache))
 
@@ -38,6 +39,7 @@ class CachedTeacher(Teacher):
             raise ValueError(f"{directory} holds no manifest.json, so it is no finished cache: run cache_teacher again")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         self.view, self._teacher_facts = manifest["view"], manifest["teacher"]
+        self.weights_sha256 = manifest.get("weights") or ""
         settings = dict(manifest["config"])
         if settings.get("id2label"):  # JSON has no integer keys
             settings["id2label"] = {int(i): name for i, name in settings["id2label"].items()}

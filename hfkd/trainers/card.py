@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
@@ -33,14 +34,17 @@ NO_METRIC = ("_loss", "_runtime", "_per_second", "_agreement")
 FROM_FILES = {"csv", "json", "parquet", "text", "imagefolder", "generator", "arrow", "pandas"}  # no names of data sets
 
 
+installed_version = functools.cache(metadata.version)  # it reads a file in every call, and every checkpoint has a card
+
+
 def installed_versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: installed_version(name) for name in PACKAGES}
 
 
 def command() -> str:
     """How this process was started; redacted on the card."""
     script = Path(sys.argv[0] if sys.argv else "")
-    if script.suffix != ".py":
+    if script.suffix != ".py" or script.stem == "ipykernel_launcher":
         return "python  # interactively: a notebook or a shell"
     here = script.resolve().is_relative_to(Path.cwd())
     shown = script.resolve().relative_to(Path.cwd()) if here else Path(script.name)
@@ -52,10 +56,12 @@ def pipeline_tag_of(model: Any) -> str:
     return next((tag for head, tag in HEADS.items() if head in name), "")
 
 
-def imports_of(model: Any) -> list[str]:
-    """What must be imported before the Auto classes know its architecture."""
-    place = type(without_adapter(model)).__module__
-    return [place] if place.startswith("hfkd.") else []
+def code_of(model: Any) -> dict[str, Any]:
+    """How the Auto classes come to know its architecture: the card's `remote_code` and `imports`."""
+    kind = type(without_adapter(model))
+    beside = getattr(kind, "_auto_class", None) is not None  # save_pretrained puts the code beside the weights
+    imported = kind.__module__.startswith("hfkd.") and not beside
+    return {"remote_code": beside, "imports": [kind.__module__] if imported else []}
 
 
 def settings_of(trainer: Any, objective: Any) -> dict[str, Any]:
@@ -73,17 +79,19 @@ def settings_of(trainer: Any, objective: Any) -> dict[str, Any]:
 
 
 def last_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the last evaluation, without losses, times and what compares with the teacher."""
-    entries = (
-        {
-            name.removeprefix("eval_"): float(value)
-            for name, value in entry.items()
-            if name.startswith("eval_") and not name.endswith(NO_METRIC) and not name.startswith("eval_fidelity_")
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
-        for entry in reversed(history)
-    )
-    return next((metrics for metrics in entries if metrics), {})
+    """Of the last evaluation, of all its data sets, without losses, times and what compares with the teacher."""
+    entries = [(entry.get("step"), _metrics_in(entry)) for entry in history]
+    last = next((step for step, metrics in reversed(entries) if metrics), None)
+    return {name: value for step, metrics in entries if step == last for name, value in metrics.items()}
+
+
+def _metrics_in(entry: dict[str, Any]) -> dict[str, float]:
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in entry.items()
+        if name.startswith("eval_") and not name.endswith(NO_METRIC) and not name.startswith("eval_fidelity_")
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def datasets_of(rows: Any) -> list[str]:
@@ -126,11 +134,12 @@ def taught_by(teacher: Any) -> Taught | None:
     if teacher is None:
         return None
     facts = teacher.facts()
-    members = [str(member.get("name")) for member in facts["members"]]
-    named = facts if facts.get("name") or len(members) != 1 else facts["members"][0]  # a cache of one
+    members = facts["members"]
+    cached = facts["kind"] == "CachedTeacher" and members and not facts.get("name")
+    named = members[0] if cached else facts
     config = teacher.config
     commit = getattr(teacher, "commit", "")
-    name = named.get("name") or f"{facts.get('combine', 'ensemble')} of {len(members)}: {', '.join(members)}"
+    name = named.get("name") or name_of_group(named)
     return Taught(
         facts["kind"],
         name,
@@ -140,6 +149,15 @@ def taught_by(teacher: Any) -> Taught | None:
         teacher_weights(teacher),
         class_names(config) or [] if config is not None else [],
     )
+
+
+def name_of_group(facts: dict[str, Any]) -> str:
+    """Of several that answer together; of answers without a manifest, what they are."""
+    members = [member.get("name") or "" for member in facts.get("members") or []]
+    if not members:
+        return "cached answers" if facts["kind"] == "CachedTeacher" else facts["kind"]
+    named = f": {', '.join(members)}" if all(members) else ""
+    return f"the {facts.get('combine', 'ensemble')} of {len(members)} model{'s' * (len(members) > 1)}{named}"
 
 
 def teacher_weights(teacher: Any) -> str:
@@ -197,6 +215,12 @@ def manifest_facts(facts: CardFacts, taught: Taught | None, objective: Any, rows
 
 
 def public_start(model: Any) -> str:
-    """What the student was before training; "" for weights that were drawn at random."""
-    config = getattr(model, "config", None)
-    return public_name(model) if getattr(config, "_name_or_path", "") else ""
+    """What the student was before training; "" for weights that were drawn at random.
+
+    A local folder's name is that of a folder: alone it would be taken for somebody's Hub id, and be the card's base_model.
+    """
+    given = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not given:
+        return ""
+    name = public_name(model)
+    return f"{name}, a local folder" if name != given or Path(given).exists() else name

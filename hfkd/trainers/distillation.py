@@ -203,6 +203,8 @@ class DistillationTrainer(PublishingTrainer):
             )
         self.objective = objective
         self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else self._load_teacher(teacher)
+        if self.args.push_to_hub and getattr(self.args, "push_teacher", False):
+            self.refuse_teacher_without_model()  # said after training, it costs the training
         self._meet_student(self.model)
         for collator in (self.data_collator, self._eval_collator) if self._default_collator else ():
             show_teacher(collator, getattr(self.teacher, "processing_class", None))
@@ -481,7 +483,9 @@ class DistillationTrainer(PublishingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the objective weighs its terms by at this step (alpha, the weights of a switch)."""
         if "loss" in logs:
-            last = dataclasses.replace(self.progress, step=max(self.state.global_step - 1, 0))  # whose terms stand there
+            last = dataclasses.replace(
+                self.progress, step=max(self.state.global_step - 1, 0)
+            )  # whose terms stand there
             logs |= self._objective.schedule(last)
         super().log(logs, start_time)
 

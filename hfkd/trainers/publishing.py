@@ -16,10 +16,10 @@ from hfkd.outputs import Batch
 from hfkd.teachers.labels import class_names
 from hfkd.trainers.card import (
     Taught,
+    code_of,
     command,
     datasets_of,
     fidelity_of,
-    imports_of,
     installed_versions,
     last_metrics,
     manifest_facts,
@@ -89,7 +89,7 @@ class PublishingTrainer(TermTrainer):
             fidelity=fidelity_of(self),
             label_names=class_names(model.config) or [],
             problem_type=objective.problem_type,
-            imports=imports_of(model),
+            **code_of(model),
             command=command(),
             versions=installed_versions(),
             citations=[objective.paper] if objective.paper else [],
@@ -184,16 +184,16 @@ class PublishingTrainer(TermTrainer):
         students = self._saved_students()
         if not self.is_world_process_zero():
             return None
-        self._costs = self._costs or self._measured_costs()
+        self.measure_costs()
         self._hide_private_teacher(token)
         upload: dict[str, Any] = {"private": private, "token": token, "message": commit_message}
         if getattr(self.args, "push_teacher", False):
-            self._pushed_teacher = self._push_teacher(upload, card_names(facts))
+            self._pushed_teacher = self._push_teacher(students, upload, card_names(facts))
+            self._hide_private_teacher(token)  # what went up may be private too
         named, published = getattr(self.args, "name_private_teacher", False), None
         for folder, repository, branch in students:
-            about = {"repo_id": repository, "branch": revision or branch or "", **card_names(facts)}
-            self._write_published_card(folder, about)
             where = revision or branch or self.args.hub_revision
+            self._write_published_card(folder, {"repo_id": repository, "branch": where or "", **card_names(facts)})
             published = hub.publish(folder, repository, revision=where, name_private_teacher=named, **upload)
         return published
 
@@ -227,17 +227,27 @@ class PublishingTrainer(TermTrainer):
 
     def _hide_private_teacher(self, token: str | None) -> None:
         taught = self._taught_in(Path(self.args.output_dir))
-        private = taught is not None and bool(taught.repo) and hub.is_private(taught.repo, token)
+        repository = self._pushed_teacher.repo_id if self._pushed_teacher else taught.repo if taught else ""
+        private = bool(repository) and hub.is_private(repository, token)
         self._hidden_teacher = bool(private) and not getattr(self.args, "name_private_teacher", False)
 
-    def _push_teacher(self, upload: dict[str, Any], facts: dict[str, Any]) -> hub.Published | None:
-        """Into a repository of its own; None where it is on the Hub already."""
-        model, taught = getattr(self.teacher, "model", None), self._taught_in(Path(self.args.output_dir))
-        if model is None or taught is None or not hasattr(model, "save_pretrained"):
+    def refuse_teacher_without_model(self) -> None:
+        if not hasattr(getattr(self.teacher, "model", None), "save_pretrained"):
             kind = "no teacher" if self.teacher is None else type(self.teacher).__name__
             raise ValueError(
                 f"push_teacher: {kind} has no model in memory to upload; give the trainer the model itself, or push the "
                 "teacher from its own training run"
+            )
+
+    def _push_teacher(
+        self, students: list[tuple[Path, str, str | None]], upload: dict[str, Any], facts: dict[str, Any]
+    ) -> hub.Published | None:
+        """Into a repository of its own; None where it is on the Hub already."""
+        self.refuse_teacher_without_model()
+        model, taught = self.teacher.model, self._taught_in(Path(self.args.output_dir))
+        if taught is None:
+            raise ValueError(
+                f"push_teacher: {type(self._objective).__name__} asks no teacher, so none taught the student"
             )
         if taught.repo:
             logger.info(f"the teacher is on the Hub already, as {taught.repo}: only linked")
@@ -248,21 +258,23 @@ class PublishingTrainer(TermTrainer):
             processing.save_pretrained(folder)
         repository = self.args.hub_teacher_id or f"{self.hub_model_id}-teacher"
         ours = {name: facts[name] for name in ("datasets", "language", "license") if name in facts}
-        about = dataclasses.replace(self._facts_of_teacher(taught, repository), **ours)
+        about = dataclasses.replace(self._facts_of_teacher(taught, repository, students), **ours)
         write_card(about, folder, "student.md")
         write_manifest(folder, manifest_facts(about, None, None))
         return hub.publish(folder, repository, **upload)
 
-    def _facts_of_teacher(self, taught: Taught, repository: str) -> CardFacts:
+    def _facts_of_teacher(
+        self, taught: Taught, repository: str, students: list[tuple[Path, str, str | None]]
+    ) -> CardFacts:
         """What this run knows of a model that it did not train."""
-        ours, scores = self.facts(Path(self.args.output_dir)), getattr(self, "teacher_scores", None) or {}
+        ours, scores = self.facts(students[0][0]), getattr(self, "teacher_scores", None) or {}
         metric = {"metric": "accuracy on a slice of the training rows", "mean": scores.get("teacher"), "seeds": 1}
         tag = pipeline_tag_of(self.teacher.model)
         return CardFacts(
             role="teacher",
             student=repository.rpartition("/")[2],
             repo_id=repository,
-            students=[self.hub_model_id or ""],
+            students=list(dict.fromkeys(name for _, name, _ in students)),
             start=public_start(self.teacher.model),
             datasets=ours.datasets,
             results=[{"stage": "teacher", **metric}] if scores else [],
@@ -274,10 +286,14 @@ class PublishingTrainer(TermTrainer):
             command=ours.command,
             versions=ours.versions,
             citations=[],
-            costs={"teacher": self._costs["teacher"]} if "teacher" in self._costs else {},
+            costs={"teacher": ours.costs["teacher"]} if "teacher" in ours.costs else {},
             license=ours.license,
             language=ours.language,
         )
+
+    def measure_costs(self) -> None:
+        """Size and speed, for the cards from now on; once."""
+        self._costs = self._costs or self._measured_costs()
 
     def _measured_costs(self) -> dict[str, Any]:
         """Parameters and median time of a forward pass, of both sides on the same rows."""
