@@ -129,14 +129,15 @@ def report(study: McStudy, results: Rows, minutes: float) -> None:
 
 def publication(study: McStudy, results: Rows, name: str) -> Publication:
     """One student of the group: that of MC-Distil, or of the first method that ran, beside the same student of the others."""
-    methods = study.recipe.methods
+    rate, methods = next(iter(blocks(study.recipe).items()))
     leading = MC_DISTIL if MC_DISTIL in methods else methods[0]
-    scores = {shown(method): values(results, method, 0.0, "accuracy", name) for method in (leading, *methods)}
-    folder = study.folder(f"{TAKD}-{name}" if leading == TAKD else leading, 0.0, 0) / name
-    baseline = KD if KD in methods and leading != KD else None
-    teacher = ("teacher", study.teacher_folder(0.0, 0))
-    scores["teacher"] = values(results, TEACHER, 0.0, "accuracy")
-    return Publication({shown(leading): folder}, scores, "accuracy", baseline and shown(baseline), teacher)
+    scores = {shown(method): values(results, method, rate, "accuracy", name) for method in (leading, *methods)}
+    scores["teacher"] = values(results, TEACHER, rate, "accuracy")
+    folder = study.folder(f"{TAKD}-{name}" if leading == TAKD else leading, rate, 0) / name
+    baseline = shown(KD) if KD in methods and leading != KD else None
+    return Publication(
+        {shown(leading): folder}, scores, "accuracy", baseline, ("teacher", study.teacher_folder(rate, 0))
+    )
 
 
 def sections(study: McStudy, results: Rows) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkd.cards import CardFacts
+from hfkd.diagnostics.callback import DiagnosticsCallback
 from hfkd.outputs import Batch
 from hfkd.records import weights_hash
 from hfkd.teachers.asking import inputs_of, without_adapter
@@ -109,8 +110,8 @@ def _on_hub(info: Any) -> bool:
 
 def fidelity_of(trainer: Any) -> dict[str, Any]:
     """The last report of a DiagnosticsCallback, where there is one."""
-    reports = [getattr(callback, "last", None) for callback in trainer.callback_handler.callbacks]
-    return next((report.to_dict() for report in reports if report is not None), {})
+    watching = [one for one in trainer.callback_handler.callbacks if isinstance(one, DiagnosticsCallback)]
+    return next((one.last.to_dict() for one in watching if one.last is not None), {})
 
 
 # ---- the teacher ----
