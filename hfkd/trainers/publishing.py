@@ -136,9 +136,8 @@ class PublishingTrainer(TermTrainer):
         folder = Path(folder)
         found = dataclasses.replace(self.facts(folder), **facts)
         write_card(found, folder, self.card_template)
-        rows: Any = (
-            self.eval_dataset if hasattr(self.eval_dataset, "column_names") else []
-        )  # of several, nobody knows which
+        # Of several data sets nobody knows which one a score is of
+        rows: Any = self.eval_dataset if hasattr(self.eval_dataset, "column_names") else []
         taught, objective = self._taught_in(folder), self._objective_in(folder)
         write_manifest(folder, manifest_facts(found, taught, objective, len(rows)))
 
