@@ -257,9 +257,15 @@ def test_a_private_teacher_is_hidden_unless_told_otherwise(hub, tmp_path, named)
     files = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
     hub.add_repository("tester/secret-teacher", files, private=True)
     with hub.connected():
+        in_between = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1}
         trainer = trained(
-            tmp_path / "run", teacher="tester/secret-teacher", hub_model_id="m", name_private_teacher=named
+            tmp_path / "run",
+            teacher="tester/secret-teacher",
+            hub_model_id="m",
+            name_private_teacher=named,
+            **in_between,
         )
+        assert (b"secret-teacher" in hub.files("tester/m")["README.md"]) == named
         trainer.push_to_hub()
     for name, content in hub.files("tester/m").items():
         if name in ("README.md", "teacher_manifest.json"):

@@ -500,6 +500,8 @@ class DistillationTrainer(PublishingTrainer):
         refuse_too_few_rows(self.train_dataset, self.args)
         self._term_sums = {}
         self.teacher_scores = None
+        if self.args.push_to_hub and self.is_world_process_zero():  # saves in between are uploaded too
+            self._hide_private_teacher(self.args.hub_token)
         try:
             return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
         finally:
