@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import transformers
 
 from hfkd import DistillationArguments
+from hfkd.evaluation import drawn
 
 HERE = Path(__file__).resolve().parent
+at_random = drawn  # so that `hfkd eval` finds the rows that a recipe was scored on
 # Of these one is given; a flag takes the place of what stands in a file
 ONE_OF = (
     ("task", "dataset_name", "train_file", "data_dir"),
@@ -31,16 +32,6 @@ def one_source(recipe: Any, arguments: list[str]) -> None:
         for name in names:
             if flags & set(names) and name not in flags and hasattr(recipe, name):
                 setattr(recipe, name, None)
-
-
-def at_random(rows: Any, count: int | None) -> Any:
-    """At most `count` rows, the same for every seed: the first ones of a file are often of one class."""
-    if count is None or count >= len(rows):
-        return rows
-    if count < 1:
-        raise ValueError(f"{count} rows are asked for: at least 1 is needed")
-    chosen = np.random.default_rng(0).choice(len(rows), count, replace=False)
-    return rows.select(sorted(chosen.tolist()))
 
 
 def rows_per_step(args: DistillationArguments) -> int:
