@@ -97,6 +97,7 @@ def test_own_files_from_text_to_a_fine_tuned_student(recipe, inputs, tmp_path, m
         assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 5000
     card = (tmp_path / "run" / "round-1" / "README.md").read_text()
     assert "self-distilled 1" in card and str(tmp_path) not in card and str(Path.home()) not in card
+    assert "task:\n      type: text-classification" in card  # no score of filled masks
     printed = capsys.readouterr().out
     assert table.strip() in printed and "fine_tuned" in printed
 

@@ -365,6 +365,8 @@ class SelfDistillationTrainer(DistillationTrainer):
             rounds=[_stage(done) for done in rounds],
             settings=settings,
             pipeline_tag=self.kind.pipeline_tag,
+            # What is scored is a classifier that starts from the encoder
+            score_task="image-classification" if self.kind.pipeline_tag.startswith("image") else "text-classification",
             label_names=[],
             citations=[SelfDistill.paper],
         )
