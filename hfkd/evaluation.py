@@ -18,8 +18,7 @@ from torch import nn
 from hfkd.data.images import IMAGE_TASKS, load_images
 from hfkd.data.pixels import COLUMNS, ImageCollator, PixelView
 from hfkd.data.text import TEXT_TASKS, load_text
-from hfkd.diagnostics.answers import TextCollator
-from hfkd.diagnostics.answers import _asked as asked
+from hfkd.diagnostics.answers import TextCollator, asked
 from hfkd.diagnostics.evaluate_metrics import compute_metrics_for
 from hfkd.diagnostics.metrics import IGNORED
 from hfkd.diagnostics.row_labels import labels_of

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Publication:
     metric: str
     baseline: str | None = None
     teacher: tuple[str, str | Path] | None = None
-    limits: list[str] = field(default_factory=list)
 
 
 def publish(runs: Any, *studies: Publication) -> None:
@@ -185,7 +184,6 @@ def with_results(facts: CardFacts, study: Publication, name: str, repository: st
         stage=name,
         results=rows or facts.results,
         differences=differences(study),
-        limits=[*facts.limits, *study.limits],
     )
 
 
@@ -244,7 +242,7 @@ def write_classifier_card(
 # ---- facts, kept beside the weights until the study is done ----
 
 
-def known_facts(recipe: Any, args: Any) -> CardFacts:
+def known_facts(recipe: Any) -> CardFacts:
     """What a recipe knows before training."""
     task = getattr(recipe, "task", None) or ""
     columns = list(TEXT_TASKS[task].text_columns) if task in TEXT_TASKS else []

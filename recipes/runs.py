@@ -149,7 +149,7 @@ class Runs:
         seconds = done.metrics["train_runtime"] / max(taken, 1)
         costs = {"steps": steps, "seconds_per_step": seconds, "peak_mib": memory.peak()}
         logits = {prefix: predict(trainer, rows) for prefix, rows in run.view.held_out.items()}
-        trainer.card_facts = known_facts(self.recipe, self.args)
+        trainer.card_facts = known_facts(self.recipe)
         if run.answers and self.data.problem_type == "single_label_classification":
             found = self.compared(trainer, run, logits)
             trainer.card_facts.fidelity = found.to_dict()

@@ -70,7 +70,7 @@ class Pair:
         found = []
         for side, own in ((self.student, self.ours), (self.teacher, self.theirs or self.ours)):
             kept, chosen = self._view(dataset, side, own, collator, max_length)
-            found.append(_asked(side, kept, chosen, batch_size, self.device))
+            found.append(asked(side, kept, chosen, batch_size, self.device))
         return found[0], found[1]
 
     def _view(
@@ -161,7 +161,7 @@ def refuse_bad_rows(logits: NDArray[Any], whose: str, example_ids: Sequence[Any]
         )
 
 
-def _asked(side: Teacher, rows: Any, collator: Collator, batch_size: int, device: Any) -> NDArray[Any]:
+def asked(side: Teacher, rows: Any, collator: Collator, batch_size: int, device: Any) -> NDArray[Any]:
     """Longest rows first, so that neighbours need little padding and too little memory shows at once."""
     order, found = _by_length(rows), []
     for start in range(0, len(order), batch_size):

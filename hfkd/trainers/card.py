@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import shlex
 import sys
@@ -167,13 +168,7 @@ def teacher_weights(teacher: Any) -> str:
         hashes = [weights_hash(weights) for weights in teacher.weights()]
     except ValueError:
         return getattr(teacher, "weights_sha256", "")
-    return hashes[0] if len(hashes) == 1 else weights_of_members(hashes)
-
-
-def weights_of_members(hashes: list[str]) -> str:
-    import hashlib
-
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def shown_to_teacher(teacher: Any, batch: Batch) -> tuple[Any, dict[str, Any]] | None:
